@@ -1,4 +1,4 @@
-"""What all tests share: tiny data sets, and a cache folder of each test's own. Imports neither torch nor an engine."""
+"""Shared fixtures: tiny data sets, and a separate cache folder per test. Imports neither torch nor an engine."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from petseg_runtime.files import write_atomic
 hypothesis.settings.register_profile("petseg", deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile("petseg")
 
-# A shell's background job is started deaf to Ctrl-C, and so would be every process that a test starts and interrupts.
+# A shell starts background jobs with SIGINT ignored, which the processes that tests start and interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same of a hang-up and nohup; this process goes on being none the worse for one, and what it starts is not.
+# The same for SIGHUP under nohup: this process still ignores it, with a handler, which child processes do not inherit.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
-# As many tests run at once as there are cores, and what they start would take all cores each: threads would wait for
-# each other. Who wants more says so; what is about threads sets them itself.
+# One test runs per core, and each process that they start would use all cores: threads would wait for each other.
+# The environment may set another number; tests of threads set it themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SIZE = 64
@@ -41,9 +41,9 @@ TRAINVAL, TEST = 24, 6
 
 @contextlib.contextmanager
 def any_cpu(item: pytest.Item) -> Iterator[None]:
-    """``auto`` takes ONNX Runtime, as on a CPU without bf16, so that receipts have the same rows on every machine.
+    """Make ``auto`` choose ONNX Runtime, as on a CPU without bf16, so that receipts have the same rows everywhere.
 
-    The tests of the runtime, which are about what it takes, are left alone.
+    The runtime's tests are not affected, because they test that choice.
     """
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("openvino") and item.path.parent.name in ("export", "petseg"):
@@ -52,7 +52,7 @@ def any_cpu(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:  # where fixtures are made
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:  # fixtures are created in this phase
     with any_cpu(item):
         return (yield)
 
@@ -65,7 +65,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_shared_cache() -> Iterator[None]:
-    """What fixtures of a module or session compile is not kept: the fixture below comes too late for them."""
+    """Disable the cache for fixtures of module or session scope, which run before the fixture below."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PETSEG_CACHE", "")
         yield
@@ -73,7 +73,7 @@ def no_shared_cache() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing a test compiles or caches reaches the user's own folders, or the next test."""
+    """Keep what a test compiles or caches out of the user's folders and of the next test."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("PETSEG_CACHE", str(cache / "petseg"))
@@ -82,7 +82,7 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all of pytest-xdist's workers share, for what is dear to make. Lock what two could make at once."""
+    """A folder shared by all pytest-xdist workers, for files that are expensive to make. Lock each while making it."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
@@ -90,9 +90,9 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Tracer:
-    """The exporter's `graph_bytes` with a memory: tracing takes seconds, and the same network gives the same graph.
+    """The exporter's `graph_bytes` with a cache: tracing takes seconds, and the same network gives the same graph.
 
-    The memory is a folder, which all workers share: each network is traced once, by whoever needs it first.
+    The cache is a folder that all workers share: each network is traced once, by the first worker that needs it.
     """
 
     def __init__(self, folder: Path, trace: Callable[[Any, Any], bytes]) -> None:
@@ -105,7 +105,7 @@ class Tracer:
             digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
         known = self.folder / f"{digest.hexdigest()}.onnx"
         with known.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
             if not known.exists():
                 write_atomic(known, self.trace(deployed, spec))
         return known.read_bytes()
@@ -119,7 +119,7 @@ def tracer(shared_folder: Path) -> Tracer:
 
 
 def draw_pet(index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Photo uint8 [H, W, 3] and trimap uint8 [H, W]: a warm ellipse on a cool, noisy ground, with a border ring."""
+    """Photo uint8 [H, W, 3] and trimap uint8 [H, W]: a warm ellipse on a cool, noisy background, with a border ring."""
     rng = np.random.default_rng(index)
     cy, cx = rng.uniform(0.4, 0.6, 2) * size
     ry, rx = rng.uniform(0.18, 0.32, 2) * size
@@ -148,13 +148,13 @@ def write_oxford(root: Path, trainval: int = TRAINVAL, test: int = TEST) -> Path
 
 @pytest.fixture(scope="session")
 def oxford_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 trainval and 6 test photos of 64 x 64 in Oxford-IIIT Pet's layout. To be read only; see `oxford_copy`."""
+    """24 trainval and 6 test photos of 64 x 64 in Oxford-IIIT Pet's layout. Read only; see `oxford_copy`."""
     return write_oxford(tmp_path_factory.mktemp("oxford") / "pets")
 
 
 @pytest.fixture
 def oxford_copy(oxford_root: Path, tmp_path: Path) -> Path:
-    """The same, for a test to spoil."""
+    """A copy of the same that a test may modify."""
     return Path(shutil.copytree(oxford_root, tmp_path / "oxford_copy"))
 
 
@@ -174,5 +174,5 @@ def folder_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder_copy(folder_root: Path, tmp_path: Path) -> Path:
-    """The same, for a test to spoil."""
+    """A copy of the same that a test may modify."""
     return Path(shutil.copytree(folder_root, tmp_path / "folder_copy"))

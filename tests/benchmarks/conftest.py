@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the benchmarks share."""
+"""Fixtures shared by the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from benchmarks import records
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the records are, in place of the project's: empty, but for what a test puts there."""
+    """A folder that replaces the project's records; empty unless a test adds some."""
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     return tmp_path

@@ -44,7 +44,7 @@ def test_a_difference_uses_the_same_resamples_for_both() -> None:
     assert back == pytest.approx([-high, -low], abs=2e-4)
 
 
-def test_metrics_are_those_of_petseg_evaluate() -> None:
+def test_metrics_match_petseg_evaluate() -> None:
     result = evaluation(20)
     told = accuracy.metrics(result, 0.5)
     readings = result.summary(0.5)["readings"]

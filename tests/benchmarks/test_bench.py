@@ -39,8 +39,8 @@ def test_every_step_runs_and_the_failed_ones_are_named(tmp_path: Path, fails: st
     assert ("FAILED: throughput report" in done.stderr) == bool(code)
 
 
-def test_the_pages_name_every_measurement_that_make_bench_leaves_out() -> None:
-    own = {"compare", "embedded", "gpu-check", "pet-free"}  # without a table, or called by another
+def test_the_pages_name_every_measurement_that_make_bench_omits() -> None:
+    own = {"compare", "embedded", "gpu-check", "pet-free"}  # has no table, or is called by another command
     left_out = COMMANDS.keys() - own - set(STEPS)
     (sentence,) = re.findall(r"Not in it, [^.]*\.", (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"))
     assert set(re.findall(r"`([^`]+)`", sentence)) == left_out
@@ -50,7 +50,7 @@ def test_the_pages_name_every_measurement_that_make_bench_leaves_out() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_records_of_another_machine_leave_the_pages_alone(tmp_path: Path) -> None:
+def test_records_of_another_machine_do_not_change_the_pages(tmp_path: Path) -> None:
     done = made(tmp_path, "nothing", "RESULTS=there")
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call.split()[2] for call in calls[1:]] == STEPS[:-1]

@@ -71,7 +71,7 @@ def test_noise_widens_the_interval(tmp_path: Path) -> None:
     assert noisy["verdict"] == ""
 
 
-def test_another_machine_is_reported(tmp_path: Path) -> None:
+def test_a_different_machine_is_reported(tmp_path: Path) -> None:
     done = run(tmp_path, record(), record(machine={"cpu": "Xeon"}))
     assert done.stderr == "machine cpu: EPYC before, Xeon now\n"
 
@@ -82,7 +82,7 @@ def test_records_without_a_time_in_common_are_rejected(tmp_path: Path) -> None:
     assert "no times in common" in str(done.output) + str(done.exception)
 
 
-def test_a_change_within_the_spread_of_old_sessions_does_not_count(tmp_path: Path) -> None:
+def test_a_change_within_the_spread_of_the_old_sessions_is_not_reported(tmp_path: Path) -> None:
     quick, slow, new = record(1, 1), record(1.4, 2), record(1.35, 3)
     assert run(tmp_path, quick, new).exit_code == 1
     done = run(tmp_path, quick, slow, new)
@@ -92,7 +92,7 @@ def test_a_change_within_the_spread_of_old_sessions_does_not_count(tmp_path: Pat
     assert [row["verdict"] for row in faster] == ["faster", "faster", ""]
 
 
-def test_too_few_times_are_not_judged(tmp_path: Path) -> None:
+def test_too_few_measurements_get_no_verdict(tmp_path: Path) -> None:
     old, new = ({"rows": [{"name": "a", "seconds": values}]} for values in ([1.0, 1.01, 1.02], [3.0, 3.01, 3.02]))
     done = run(tmp_path, old, new)
     assert done.exit_code == 0
@@ -100,18 +100,18 @@ def test_too_few_times_are_not_judged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["photos", "clip", "threads"])
-def test_records_of_different_work_are_not_compared(tmp_path: Path, key: str) -> None:
+def test_records_of_different_workloads_are_not_compared(tmp_path: Path, key: str) -> None:
     done = run(tmp_path, record(**{key: 300}), record(**{key: 240}))
     assert done.exit_code == 1
     assert f"of different work: {key}: 300 before, 240 now" in done.output
 
 
-def test_a_table_of_results_is_not_different_work(tmp_path: Path) -> None:
+def test_different_result_tables_do_not_count_as_different_workloads(tmp_path: Path) -> None:
     tables = ([{"curve": "a", "times_as_fast": [ratio]}] for ratio in (1.5, 1.6))
     assert run(tmp_path, *(record(threads=table) for table in tables)).exit_code == 0
 
 
-def test_another_model_is_reported(tmp_path: Path) -> None:
+def test_a_different_model_is_reported(tmp_path: Path) -> None:
     done = run(tmp_path, record(shipped_model="edge, 1"), record(shipped_model="edge, 2"))
     assert done.exit_code == 0
     assert done.stderr == "shipped_model: edge, 1 before, edge, 2 now\n"
@@ -145,7 +145,7 @@ def test_a_file_that_is_not_a_record_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
 @pytest.mark.parametrize("name", ["latency", "throughput", "peers"])
-def test_in_our_records_only_what_became_slower_is_reported(name: str) -> None:
+def test_only_regressions_are_reported_for_the_projects_records(name: str) -> None:
     saved = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     slowed = copy.deepcopy(saved)
     lists = dict(compare.times_in(slowed))
@@ -163,7 +163,7 @@ def test_in_our_records_only_what_became_slower_is_reported(name: str) -> None:
     assert len(verdicts) == len(changes)
 
 
-def test_five_times_are_rarely_called_slower_by_chance() -> None:
+def test_five_measurements_rarely_give_a_false_regression() -> None:
     """At most 4 % if nothing changed, with a tolerance of 0; by the interval itself it would be 2.5 %."""
     rng = np.random.default_rng(0)
 
@@ -212,7 +212,7 @@ def side_by_side(ratio: float) -> dict[str, Any]:
 def test_ratios_measured_side_by_side_are_counted_separately(tmp_path: Path) -> None:
     old, new = (record(**side_by_side(ratio)) for ratio in (1.0, 1.2))
     done = run(tmp_path, old, new)
-    assert done.exit_code == 0, "of times nothing changed"
+    assert done.exit_code == 0, "no time changed"
     assert done.stderr == ""
     *rows, ratios, unknown = done.stdout.splitlines()
     row = "rows openvino times_faster_than_pytorch"
@@ -248,7 +248,7 @@ def with_rounds(scale: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("scale", "verdict"), [(0.8, "lost"), (0.97, ""), (1.3, "")])
-def test_a_lead_that_is_lost_fails(tmp_path: Path, scale: float, verdict: str) -> None:
+def test_losing_a_lead_fails(tmp_path: Path, scale: float, verdict: str) -> None:
     done = run(tmp_path, with_rounds(1), with_rounds(scale))
     assert done.exit_code == (verdict == "lost")
     found = json.loads(run(tmp_path, with_rounds(1), with_rounds(scale), "--json").stdout)
@@ -258,7 +258,9 @@ def test_a_lead_that_is_lost_fails(tmp_path: Path, scale: float, verdict: str) -
     }
     told = [line for line in done.stdout.splitlines() if "side by side, lost: 2 before, 1.6 now" in line]
     assert len(told) == (2 if verdict else 0)
-    assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, "as low before"
+    assert run(tmp_path, with_rounds(1), with_rounds(0.78), with_rounds(0.8)).exit_code == 0, (
+        "the earlier record was as low"
+    )
 
 
 def test_a_missing_ratio_fails(tmp_path: Path) -> None:
@@ -269,7 +271,7 @@ def test_a_missing_ratio_fails(tmp_path: Path) -> None:
     assert "gone  rows peer petseg_times_as_fast once_running median" in done.stdout
 
 
-def test_another_version_of_an_engine_is_the_same_row(tmp_path: Path) -> None:
+def test_a_new_version_of_an_engine_keeps_its_row(tmp_path: Path) -> None:
     old, new = (
         {"rows": [{"engine": f"PyTorch {version}, eager", "precision": "f32", "milliseconds": [1.0] * 5}]}
         for version in ("2.9.1", "2.15.0")
@@ -280,7 +282,7 @@ def test_another_version_of_an_engine_is_the_same_row(tmp_path: Path) -> None:
     assert compare.without_version("width 64, at 1.5") == "width 64, at 1.5"
 
 
-def test_the_span_from_the_first_mask_to_the_last_is_a_time() -> None:
+def test_the_span_from_first_to_last_mask_is_compared_as_a_time() -> None:
     folder = {"photos": 100, "first_to_last": [1.0, 2.0], "first_to_last_of_petseg": [3.0, 4.0]}
     one_photo = {"first_to_last": [0.0, 0.0]}
     found = dict(compare.times_in({"name": "a", "folder": folder, "startup": one_photo}))
@@ -343,7 +345,7 @@ def test_folders_are_compared_record_by_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("minutes", "code"), [(30, 0), (5, 1)])
-def test_folders_that_repeat_pass_unless_a_record_is_of_different_work(tmp_path: Path, minutes: int, code: int) -> None:
+def test_repeated_folders_pass_unless_a_workload_differs(tmp_path: Path, minutes: int, code: int) -> None:
     old = folder(tmp_path / "old", peers=record(1, 1), soak=record(minutes=30))
     new = folder(tmp_path / "new", peers=record(1, 2), soak=record(minutes=minutes))
     assert CliRunner().invoke(compare.compare, [old, new]).exit_code == code

@@ -25,7 +25,7 @@ GPU = Gpu(index=0, name="NVIDIA RTX", compute_capability="8.9", memory=2**34, dr
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_a_message_is_printed_and_nothing_is_written(tmp_path: Path) -> None:
     output = tmp_path / "gpu-check.json"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -35,7 +35,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU")
-def test_it_is_one_of_the_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_check_is_one_of_the_benchmark_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m benchmarks gpu-check`, in this process, which has imported PyTorch already."""
     with pytest.raises(SystemExit) as ended:
         main(["gpu-check", "--output", str(tmp_path / "gpu-check.json")])
@@ -58,7 +58,7 @@ def test_make_installs_nothing_where_there_is_no_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_takes_tensorrt_from_the_system_and_nothing_else(tmp_path: Path) -> None:
+def test_make_uses_only_tensorrt_from_the_system(tmp_path: Path) -> None:
     system, environment = tmp_path / "system", tmp_path / "environment"
     for name in ("tensorrt", "tensorrt_libs", "numpy_of_the_system"):
         (system / name).mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_make_takes_tensorrt_from_the_system_and_nothing_else(tmp_path: Path) ->
     assert (environment / "tensorrt").resolve() == system / "tensorrt"
 
 
-def test_tests_are_told_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tests_outcome_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n"
         "pytestmark = pytest.mark.filterwarnings('ignore')\n"
@@ -109,13 +109,13 @@ def test_tests_are_told_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "test_crash" in cases["test_b.py"]["why"]
 
 
-def test_no_tests_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_no_tests_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "ROOT", tmp_path)
     (case,) = check.tests([])
     assert (case["name"], case["outcome"]) == ("collection", "error")
 
 
-def test_a_hang_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_test_run_is_terminated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DEADLINE", 1)
     done = check.run_program([sys.executable, "-c", "import time; time.sleep(600)"])
     assert done["exit_code"] == -9
@@ -145,7 +145,7 @@ def record(**values: Any) -> dict[str, Any]:
     }
 
 
-def test_all_that_did_not_pass_is_listed() -> None:
+def test_every_test_that_did_not_pass_is_listed() -> None:
     assert check.failures(record()) == [], "an engine that is not installed is no failure"
     crash = {"gpus": [], "engines": [engine(works=False, why="it crashed: SIGSEGV")]}
     assert check.failures(record(doctor=crash)) == [
@@ -162,7 +162,7 @@ def test_all_that_did_not_pass_is_listed() -> None:
     assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
 
 
-def test_people_get_a_summary() -> None:
+def test_the_text_output_is_a_summary() -> None:
     assert check.summary(record(failures=["this", "that"])) == [
         "NVIDIA RTX, CUDA 13.0",
         "onnxruntime: tf32, works",
@@ -176,7 +176,7 @@ def test_people_get_a_summary() -> None:
     ]
 
 
-def test_the_record_of_latency_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latency_record_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
     def runs(words: list[str]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def test_the_record_of_latency_is_part_of_the_check(monkeypatch: pytest.MonkeyPa
     assert "'few' is not a valid integer" in refused.stderr, "the options before it were understood"
 
 
-def test_names_and_folders_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_and_paths_are_removed_from_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "annes-box")
     monkeypatch.setattr(getpass, "getuser", lambda: "anne")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/anne b"))
@@ -213,7 +213,7 @@ def test_names_and_folders_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(nvidia_gpus() > 0, reason="there is a GPU, on which engines may work")
-def test_the_record_of_a_gpu_is_written_without_names(
+def test_the_gpu_record_contains_no_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The complete check, with stand-ins for the GPU and for everything that takes long."""
@@ -240,7 +240,7 @@ def test_the_record_of_a_gpu_is_written_without_names(
     assert "FAILED no engine works on the GPU" in capsys.readouterr().out
 
 
-def test_one_that_is_interrupted_leaves_what_was_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_check_keeps_partial_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import large, records, summary, tables
 
 
-def test_a_run_counts_only_its_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_result_files_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind = next(kind for kind in large.KINDS if kind.name == "cutout")
 
     def seconds_of(words: list[str | Path]) -> float:
@@ -33,7 +33,7 @@ def test_a_run_counts_only_its_results(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert large.row(runs) == {"first_to_last": [1.0, 2.0, 1.0], "photos_per_second": 2.0, "megabytes": 2.0}
 
 
-def test_the_pages_show_each_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_pages_show_each_kind_of_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"name": "mask", "photos_per_second": 6.04, "megabytes": 0.012}]
     record = {"photos": 12, "megapixels": 12.0, "machine": {"cores": 2, "cpu": "CPU"}, "rows": rows}
     (tmp_path / "large.json").write_text(json.dumps(record))

@@ -34,7 +34,7 @@ def folder(tracer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_engines_are_those_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_match_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fp32", "int8"):
         (tmp_path / f"{name}.onnx").touch()
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
@@ -54,7 +54,7 @@ def test_the_engines_are_those_of_the_registry(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_bf16_is_measured_where_the_cpu_multiplies_it(
+def test_bf16_is_measured_only_on_cpus_with_bf16_matmuls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     monkeypatch.setattr(device, "_cpu_has_bf16", lambda: native)
@@ -77,14 +77,14 @@ def test_the_import_of_torch_is_not_counted_as_opening_a_model(folder: Path, for
     assert found["memory_mb"] < 150, found  # torch takes more
 
 
-def test_a_case_that_fails_says_why_without_folders(folder: Path) -> None:
+def test_a_failed_case_gives_the_reason_without_paths(folder: Path) -> None:
     why = latency.cold_start(latency.Case(folder=str(folder), engine="onnxruntime", stored="fp8"))["why"]
     assert "fp8.onnx" in why
     assert str(folder) not in why
 
 
 @pytest.mark.parametrize("form", ["as trained", *(f"BatchNorm folded{more}" for more in ("", ", bf16", ", fp16"))])
-def test_pytorch_and_the_file_agree(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_and_the_exported_file_agree(folder: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computed, forward = set(), torch.nn.Conv2d.forward
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: computed.add(self.weight.dtype) or forward(self, x))
     case = latency.Case(folder=str(folder), engine="PyTorch", stored=form)
@@ -116,14 +116,14 @@ def test_every_layer_of_a_random_network_is_in_int8(folder: Path) -> None:
     assert work["others"] == 0
 
 
-def test_a_case_that_computes_like_another_is_dropped() -> None:
+def test_a_case_with_the_same_computation_as_another_is_dropped() -> None:
     exact, free = (latency.Case(folder="f", engine="openvino", stored="fp32", exact=exact) for exact in (True, False))
     one, other = {"engine": "openvino 1", "precision": "f32"}, {"engine": "openvino 1", "precision": "bf16"}
     assert list(latency.distinct({exact: one, free: one})) == [exact]
     assert list(latency.distinct({exact: one, free: other})) == [exact, free]
 
 
-def test_cases_that_failed_in_the_first_group_are_not_tried_again() -> None:
+def test_cases_that_failed_in_the_first_group_are_not_retried() -> None:
     names = ("openvino fp32 exact", "openvino fp32 as it likes", "openvino fp16 exact")
     one, two, three = (
         latency.Case(folder="f", engine="openvino", stored=name.split()[1], exact=name.endswith("exact"))
@@ -135,7 +135,7 @@ def test_cases_that_failed_in_the_first_group_are_not_tried_again() -> None:
     assert latency.worth_it([one, two, three], [first, later]) == [one, three]
 
 
-def test_all_take_turns_with_the_matmuls(folder: Path) -> None:
+def test_all_cases_alternate_with_the_matmuls(folder: Path) -> None:
     calls: list[str] = []
     matmul = roofline.Matmul("fake", "f32", 10**6, lambda: calls.append("matmul"))
     found = latency.cases(folder, 1, 1, compiled=False)
@@ -176,7 +176,7 @@ def test_percentiles_need_enough_runs(runs: int, told: list[str]) -> None:
 
 
 def test_cold_starts_are_measured_for_the_first_group_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("a process of its own"))
+    monkeypatch.setattr(latency, "cold_start", lambda case: pytest.fail("started a separate process"))
     found = latency.cases(folder, 2, 1, compiled=False)
     names = ("PyTorch as trained", "onnxruntime fp32 exact", "onnxruntime fp32 as it likes", "tensorrt fp32 exact")
     chosen = [case for case in found if case.name in names]
@@ -241,7 +241,7 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fakes", "made")
-def test_a_gpu_has_its_rows_and_its_peak(tmp_path: Path) -> None:
+def test_a_gpu_gets_rows_and_a_peak(tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     done = CliRunner().invoke(latency.latency, ["--output", str(output), "--rounds", "2", "--data", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -265,7 +265,7 @@ def test_a_gpu_has_its_rows_and_its_peak(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fakes", "made")
-def test_the_networks_that_do_not_ship_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbundled_networks_can_be_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "NETWORKS", [latency.Network(f"{n}", 2, "strided", 32, (1,)) for n in range(2)])
     for options, others in (([], 1), (["--no-family"], 0)):
         words = ["--output", str(tmp_path / "mine.json"), "--rounds", "1", "--data", str(tmp_path), *options]
@@ -284,7 +284,7 @@ def test_without_pytorch_on_a_device_its_rows_have_no_ratio(folder: Path, fakes:
 
 
 @pytest.mark.usefixtures("fakes")
-def test_a_case_that_cannot_be_opened_beside_the_others_is_reported(
+def test_a_case_that_cannot_be_loaded_alongside_the_others_is_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(case: Any) -> Any:
@@ -325,7 +325,7 @@ def test_a_case_on_a_gpu_reports_its_gpu_memory(monkeypatch: pytest.MonkeyPatch)
     assert latency.on_gpu(cpu, None) == {"gpu_memory_mb": None, "gpu_tensors_peak_mb": None}
 
 
-def test_caches_are_new_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_start_empty_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETSEG_CACHE", "mine")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with latency.scratch() as folder:

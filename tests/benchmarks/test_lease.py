@@ -57,7 +57,7 @@ def data(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def train_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `petseg train` in this process, which has already imported PyTorch; only `out` uses a separate one."""
 
     def train(job: Job, run: Path, seconds: float, keep: object) -> int:
@@ -107,7 +107,7 @@ def weights(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_comes_home_is_small_and_whole(out: Path, weights: Path) -> None:
+def test_the_output_of_a_lease_is_small_and_complete(out: Path, weights: Path) -> None:
     manifest = json.loads((out / "published.manifest.json").read_text())
     names = [row["file"] for row in manifest["pieces"]]
     assert {path.name for path in out.iterdir()} == {"published.json", "published.manifest.json", *names}
@@ -122,7 +122,7 @@ def test_what_comes_home_is_small_and_whole(out: Path, weights: Path) -> None:
     assert record["model"]["identity"] == manifest["sha256"]
 
 
-def test_the_record_says_what_was_run(out: Path) -> None:
+def test_the_record_states_what_was_run(out: Path) -> None:
     record = json.loads((out / "published.json").read_text())
     (run,) = record["runs"]
     config = run["config"]
@@ -146,7 +146,7 @@ def test_the_record_says_what_was_run(out: Path) -> None:
     assert {"machine", "versions", "uncommitted", "shipped_model"} <= set(record)
 
 
-def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, data: Path) -> None:
+def test_the_metrics_are_measured_on_the_rounded_weights(out: Path, weights: Path, data: Path) -> None:
     record = json.loads((out / "published.json").read_text())
     assert list(record["tests"]) == [photos.TEST_SETS[photos.COPIES], photos.TEST_SETS[photos.NATIVE]]
     with open_model(weights, "cpu") as model:
@@ -165,8 +165,8 @@ def test_the_figures_are_those_of_the_rounded_file(out: Path, weights: Path, dat
     assert record["photos_failed"] == []
 
 
-@pytest.mark.usefixtures("here")
-def test_test_photos_may_be_measured_at_home(
+@pytest.mark.usefixtures("train_in_process")
+def test_the_test_split_can_be_evaluated_at_home(
     out: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only the training photos are sent, and smaller ones; the result is complete after measuring at home."""
@@ -200,7 +200,7 @@ def test_test_photos_may_be_measured_at_home(
         lease.measure(words, standalone_mode=False)
 
 
-def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) -> None:
+def test_only_kernels_are_rounded(weights: Path, tmp_path: Path) -> None:
     loaded = checkpoint.load(weights)
     assert {t.dtype for t in loaded.tensors.values() if t.ndim > 1} == {torch.float16}
     assert {t.dtype for t in loaded.tensors.values() if t.ndim == 1} == {torch.float32}
@@ -231,7 +231,7 @@ def test_kernels_are_rounded_and_nothing_else_is(weights: Path, tmp_path: Path) 
         assert np.array_equal(opened.run(batch), torch_run(expected)(batch))
 
 
-def test_pieces_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_replaced_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a full disk, a lease leaves the earlier pieces."""
     out, weights, write = tmp_path / "out", tmp_path / "w.safetensors", lease.write_atomic
     out.mkdir()
@@ -256,7 +256,7 @@ def test_pieces_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("spoil", ["change", "cut", "swap"])
-def test_pieces_that_are_not_what_was_sent_are_not_joined(out: Path, tmp_path: Path, spoil: str) -> None:
+def test_corrupted_pieces_are_not_joined(out: Path, tmp_path: Path, spoil: str) -> None:
     for path in out.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     first, second = (tmp_path / f"published.safetensors.0{i}" for i in (0, 1))
@@ -273,14 +273,14 @@ def test_pieces_that_are_not_what_was_sent_are_not_joined(out: Path, tmp_path: P
     assert not (tmp_path / "joined").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the time there is
+# --------------------------------------------------------------------------------------------------- the time limit
 
 
 def job(data: Path, *settings: str) -> Job:
     return Job("published", data / photos.COPIES, "cpu", (*SMALL, "data.height=32", "data.width=32", *settings), {})
 
 
-def test_in_minutes_there_are_as_many_epochs_as_fit(
+def test_the_number_of_epochs_fits_the_given_minutes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costs = {"read_a_photo": 0.5, "first_epoch_more": 3, "epoch_start": 1, "step": 2, "validate_and_save": 4}
@@ -304,7 +304,9 @@ def test_in_minutes_there_are_as_many_epochs_as_fit(
     assert lease.planned(job(data, "epochs=7"), tmp_path, tests, seconds, 100)["epoch"] == pytest.approx(1.1 * one)
 
 
-def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_up_measures_the_cost_of_each_part(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "STEPS", 1)
     short = job(data, "augment.mix_until=0.5")
     costs = lease.warmed_up(short, short.config(), tmp_path, 18, 6)
@@ -316,7 +318,7 @@ def test_the_warm_up_tells_what_each_part_costs(data: Path, tmp_path: Path, monk
     assert augment["mix_until"] == 1.0, "the timed epoch mixes photos"
 
 
-def test_the_later_half_of_an_epoch_is_timed() -> None:
+def test_the_second_half_of_an_epoch_is_timed() -> None:
     clock = lease.Clock()
     for seconds in ((9.0, 18.0), (5.0, 6.0, 7.0, 8.0)):
         state = lease.RunState()
@@ -326,7 +328,7 @@ def test_the_later_half_of_an_epoch_is_timed() -> None:
     assert clock.marks == [0.0, 5.0, 6.0, 7.0, 8.0]
 
 
-def test_a_run_of_fewer_epochs_ends_at_a_low_rate(data: Path) -> None:
+def test_a_shortened_run_ends_at_a_low_learning_rate(data: Path) -> None:
     config = job(data, "epochs=30").config()
     assert lease.shortened(config, 30) == ["epochs=30"]
     short = job(data, *lease.shortened(config, 25)).config()
@@ -336,8 +338,10 @@ def test_a_run_of_fewer_epochs_ends_at_a_low_rate(data: Path) -> None:
     assert lease.shortened(other, 25) == ["epochs=25"]
 
 
-@pytest.mark.usefixtures("here")
-def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("train_in_process")
+def test_a_lease_with_a_time_limit_replans_its_epochs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans: list[dict[str, Any]] = []
     planned = lease.planned
 
@@ -353,7 +357,7 @@ def test_a_lease_by_the_clock(data: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert record["command"].count("--minutes 5.0") == 1
 
 
-def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
+def test_an_overlong_run_is_stopped_and_its_best_checkpoint_used(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best, kept = tmp_path / "run" / "best.safetensors", []
@@ -378,9 +382,7 @@ def test_a_run_that_takes_longer_is_stopped_and_its_best_so_far_counts(
         lease.train(replace(endless, settings=(*endless.settings, "batch=1")), tmp_path / "other", math.inf, print)
 
 
-def test_better_checkpoints_are_kept_while_a_run_goes_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_better_checkpoints_are_saved_during_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a lease that is cut off leaves the best. The run is a shell script that ignores the interrupt."""
     run = tmp_path / "run"
     run.mkdir()
@@ -401,7 +403,9 @@ def test_better_checkpoints_are_kept_while_a_run_goes_on(
     assert kept == ["1", "2", "3"]
 
 
-def test_what_is_missing_is_found_before_the_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_are_found_before_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "train", lambda *_: pytest.fail("trained for nothing"))
     (tmp_path / photos.COPIES / "annotations" / "trimaps").mkdir(parents=True)
     (tmp_path / photos.COPIES / "images").mkdir()

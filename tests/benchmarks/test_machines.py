@@ -13,8 +13,10 @@ from benchmarks import machines, records, summary
 pytestmark = pytest.mark.usefixtures("results")
 
 
-def one(folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, shipped: str | None = None) -> None:
-    """The records of a machine: the network's times by engine and precision, and the rate on a folder."""
+def write_records(
+    folder: Path, cpu: str, ms: dict[tuple[str, str], float], rate: float, shipped: str | None = None
+) -> None:
+    """Write the records of a machine: the network's times by engine and precision, and the rate on a folder."""
 
     def row(name: str, faster: float, seconds: float) -> dict[str, Any]:
         return {
@@ -55,9 +57,9 @@ def cells(text: str, what: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(f"| {what}")).removesuffix(" |").split(" | ")[1:]
 
 
-def test_a_column_for_each_machine(tmp_path: Path) -> None:
-    one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
-    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+def test_the_table_has_a_column_for_each_machine(tmp_path: Path) -> None:
+    write_records(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
+    write_records(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     text = machines.machines()
     assert text.splitlines()[2] == "| | Fast, 2026-01-02 | Old, 2026-01-02 |"
     assert cells(text, "the network alone, ms: openvino, f32") == ["6.0", "12.0"]
@@ -68,9 +70,9 @@ def test_a_column_for_each_machine(tmp_path: Path) -> None:
     assert cells(text, "times as fast as LR-ASPP's, alone: openvino, f32") == ["1.12", "1.12"]
 
 
-def test_work_that_differs_is_told(tmp_path: Path) -> None:
+def test_different_workloads_are_reported(tmp_path: Path) -> None:
     for folder, frames in ((tmp_path, 240), (tmp_path / "machines" / "old", 180)):
-        one(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
+        write_records(folder, "CPU", {("openvino", "f32"): 6.0}, 174)
         record = json.loads((folder / "video.json").read_text())
         (folder / "video.json").write_text(json.dumps({**record, "frames": frames}))
     assert cells(machines.machines(), "a video to an overlay") == ["1.50 (240 frames)", "1.50 (180 frames)"]
@@ -83,8 +85,8 @@ def test_work_that_differs_is_told(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_a_column_for_each_machine(tmp_path: Path) -> None:
-    one(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
-    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+    write_records(tmp_path, "Fast", {("openvino", "f32"): 6.0, ("openvino", "bf16"): 2.5}, 174)
+    write_records(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     head, _, *lines = summary.by_machine()
     assert head == "| | Fast, 2026-01-02 | Old, 2026-01-02 |"
     assert lines == [
@@ -98,16 +100,18 @@ def test_the_readme_has_a_column_for_each_machine(tmp_path: Path) -> None:
 
 def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     for name, shipped in (("Old", "petseg edge, 0123"), ("New", None)):
-        one(tmp_path / "machines" / name, name, {("openvino", "f32"): 12.0}, 55, shipped)
-    one(tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123")  # shown in a separate section
+        write_records(tmp_path / "machines" / name, name, {("openvino", "f32"): 12.0}, 55, shipped)
+    write_records(
+        tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123"
+    )  # shown in a separate section
     said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
     assert machines.machines().splitlines()[-2:] == ["", said]
     assert summary.by_machine()[-2:] == ["", said]
 
 
-def test_what_was_not_measured_on_a_machine_is_left_empty(tmp_path: Path) -> None:
-    one(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
-    one(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
+def test_unmeasured_cells_are_empty(tmp_path: Path) -> None:
+    write_records(tmp_path, "Fast", {("openvino", "f32"): 6.0}, 174)
+    write_records(tmp_path / "machines" / "old", "Old", {("openvino", "f32"): 12.0}, 55)
     for name in ("peers", "accuracy"):
         (tmp_path / "machines" / "old" / f"{name}.json").unlink()
     lines = machines.machines().splitlines()

@@ -18,7 +18,7 @@ from petseg.train import Trainer
 
 
 @pytest.fixture(scope="module")
-def two(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def two_checkpoints(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The best checkpoints of two runs on the same photos."""
     folder = tmp_path_factory.mktemp("mean")
     for seed in (0, 1):
@@ -28,15 +28,15 @@ def two(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return [folder / str(seed) / "best.safetensors" for seed in (0, 1)]
 
 
-def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
-    two: list[Path], oxford_root: Path, tmp_path: Path
+def test_the_mean_has_new_thresholds_and_metrics(
+    two_checkpoints: list[Path], oxford_root: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "mean.safetensors"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "oxford-iiit-pet").symlink_to(oxford_root)
-    words = [str(out), *map(str, two), "--data", str(tmp_path / "data")]
+    words = [str(out), *map(str, two_checkpoints), "--data", str(tmp_path / "data")]
     averaging.mean(words, standalone_mode=False)
-    first, second, made = (load(path) for path in (*two, out))
+    first, second, made = (load(path) for path in (*two_checkpoints, out))
     for name, value in made.tensors.items():
         a, b = first.tensors[name], second.tensors[name]
         assert torch.equal(value, (a + b) / 2 if a.is_floating_point() else a), name
@@ -51,10 +51,10 @@ def test_it_is_the_mean_with_thresholds_and_figures_of_its_own(
 
 
 @pytest.mark.parametrize(("key", "values"), [("model", {"width": 4}), ("data", {"names_sha256": "another"})])
-def test_checkpoints_of_other_kinds_are_refused(
-    two: list[Path], tmp_path: Path, key: str, values: dict[str, Any]
+def test_checkpoints_of_different_networks_are_rejected(
+    two_checkpoints: list[Path], tmp_path: Path, key: str, values: dict[str, Any]
 ) -> None:
-    loaded: list[Checkpoint] = [load(path) for path in two]
+    loaded: list[Checkpoint] = [load(path) for path in two_checkpoints]
     other = {**loaded[1].meta, key: {**loaded[1].meta[key], **values}}
     save_checkpoint(tmp_path / "other.safetensors", loaded[1].tensors, other)
     with pytest.raises(SystemExit, match=f"cannot be averaged: {key} differs"):

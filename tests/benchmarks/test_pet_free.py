@@ -65,14 +65,14 @@ def test_pictures_of_a_wheel_are_named_by_their_files(tmp_path: Path) -> None:
     assert pictures_of(package, {"lion", "bear"}) == {"lion": lion}
 
 
-def test_a_size_of_a_wallpaper_is_named_by_its_folder() -> None:
+def test_a_wallpaper_size_is_named_by_its_folder() -> None:
     contents = PurePosixPath("usr/share/wallpapers/Altai/contents")
     assert list(pictures_in(contents / "images" / "5120x2880.png", b"bytes")) == [("Altai", b"bytes")]
     assert list(pictures_in(contents / "images_dark" / "5120x2880.png", b"bytes")) == [("5120x2880", b"bytes")]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_of_two_pictures_with_one_name_the_larger_counts(tmp_path: Path, first: bool) -> None:
+def test_of_two_pictures_with_the_same_name_the_larger_is_used(tmp_path: Path, first: bool) -> None:
     small, large = picture(200), picture(300)
     both = (large, small) if first else (small, large)
     package = wheel(tmp_path / "zoo-1.whl", a__lion_DOT_png=both[0], b__lion_DOT_png=both[1])

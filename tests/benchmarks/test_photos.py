@@ -45,7 +45,7 @@ def test_chosen_photos_are_spread_over_the_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ask", [photos.training_set, photos.original_size, photos.original_size_folders, photos.test_sets]
 )
-def test_without_photos_the_error_names_the_remedy(tmp_path: Path, ask: object) -> None:
+def test_without_photos_the_error_gives_a_remedy(tmp_path: Path, ask: object) -> None:
     assert callable(ask)
     with pytest.raises(SystemExit, match=r"contains no oxford-iiit-pet; run `petseg data download"):
         ask(tmp_path)

@@ -73,7 +73,7 @@ RECORDS = {
 }
 
 
-def test_a_dot_has_the_time_of_its_own_engine_and_precision() -> None:
+def test_each_dot_has_the_time_of_its_engine_and_precision() -> None:
     found = list(plots.dots(ACCURACY, LATENCY, RIVAL, "small"))
     assert [(dot.name.partition(",")[0], dot.ms, dot.iou, dot.ours) for dot in found] == [
         ("petseg in PyTorch f32", 18.0, 0.83, True),
@@ -106,7 +106,7 @@ def test_bars_are_milliseconds_of_each_step() -> None:
     assert plots.frame_bars(RECORDS["video"]) == {"openvino, mask": {"decode": 2.0}}
 
 
-def test_plots_are_made_of_what_is_there(tmp_path: Path) -> None:
+def test_plots_are_made_from_the_existing_records(tmp_path: Path) -> None:
     assert plots.write() == []
     for name in ("throughput", "accuracy"):
         (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
@@ -122,10 +122,10 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert all(text.startswith(b"<?xml") for text in first)
 
 
-def test_a_plot_of_other_records_is_told(tmp_path: Path) -> None:
+def test_an_outdated_plot_is_reported(tmp_path: Path) -> None:
     for name, record in RECORDS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    assert plots.stale() == [plots.ACCURACY, plots.STAGES], "they are missing"
+    assert plots.stale() == [plots.ACCURACY, plots.STAGES], "missing plots are stale"
     plots.write()
     assert plots.stale() == []
     (tmp_path / "peers.json").unlink()

@@ -22,7 +22,7 @@ def errors(photos: int, wrong: int) -> dict[str, Any]:
     return {"photos": photos, "wrong": wrong, "rate": wrong / photos, "interval_95": [0, 1]}
 
 
-def test_how_often_a_pet_is_missed_or_seen_where_none_is(tmp_path: Path) -> None:
+def test_missed_pets_and_false_positives_match_the_record(tmp_path: Path) -> None:
     pets = {"test, 128×128 copies": errors(1000, 36), "test, original size": errors(242, 16)}
     report = {
         "pets": pets,
@@ -52,7 +52,7 @@ def clip(less: float, gained: float = 0.0, residue: float = 0.0) -> dict[str, fl
         (0.4, "differ from the unsmoothed ones by at most 0.4 of 255, averaged over the clips"),
     ],
 )
-def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float, after_a_cut: str) -> None:
+def test_gain_and_cost_of_smoothing_match_the_record(tmp_path: Path, residue: float, after_a_cut: str) -> None:
     kinds = {
         "noise 3": clip(7.0),
         "noise 8": clip(5.0),
@@ -73,7 +73,7 @@ def test_what_smoothing_gains_and_costs(tmp_path: Path, residue: float, after_a_
     assert f"loses more than 0.31. In the first frame after a scene cut, probabilities {after_a_cut} (" in text
 
 
-def test_how_long_the_example_trains_on_each_machine(tmp_path: Path) -> None:
+def test_training_times_per_machine_match_the_records(tmp_path: Path) -> None:
     for folder, cpu, rate in (
         (tmp_path, "Fast", 3490 * 30 / 3600),
         (tmp_path / "machines" / "b", "Slow", 3490 * 30 / 9000),
@@ -92,7 +92,7 @@ def test_how_long_the_example_trains_on_each_machine(tmp_path: Path) -> None:
     ]
 
 
-def test_what_decoding_at_a_reduced_size_gains_and_costs(tmp_path: Path) -> None:
+def test_gain_and_cost_of_reduced_decoding_match_the_record(tmp_path: Path) -> None:
     rows = [
         {"size": "1 MP", "margin": 3.0, "reduced": 0},
         {"size": "12 MP", "margin": 1.5, "reduced": 9, "mean_iou": 0.9, "min_iou": 0.1},

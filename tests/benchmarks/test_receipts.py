@@ -8,7 +8,7 @@ from benchmarks import receipts
 from petseg_export import registry
 
 
-def test_no_export_has_a_setting_that_another_would_need(tmp_path: Path) -> None:
+def test_recorded_exports_only_use_settings_valid_for_their_format(tmp_path: Path) -> None:
     for name in ("native", "best"):
         (tmp_path / f"oxford-iiit-pet-{name}").mkdir()
     made = receipts.plan(tmp_path, tmp_path)

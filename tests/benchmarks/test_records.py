@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     records.checkout.cache_clear()
 
 
-def test_a_record_says_which_model_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_names_model_commit_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"rev-parse": "abc\n", "status": " M runtime/petseg_runtime/live.py\n"}
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(records, "git", lambda *words: answers[words[0]])
@@ -45,7 +45,7 @@ def test_a_record_says_which_model_commit_and_machine(tmp_path: Path, monkeypatc
     assert not (tmp_path / "mine.json").exists()
 
 
-def test_records_of_another_machine_are_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_another_machine_are_stored_separately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "machines" / "other").mkdir(parents=True)
     monkeypatch.setenv(records.ELSEWHERE, str(tmp_path / "machines" / "other"))
@@ -84,7 +84,7 @@ def cpu(text: str) -> host.Cpu:
     return host.Cpu(name=name, machine="x86_64", cores=2, quota=None, memory=1, memory_limit=None, features=features)
 
 
-def test_the_processor_is_told_with_what_its_name_hides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_is_described_beyond_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "CPUINFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(CPUINFO)
     found = records.processor(cpu(CPUINFO))
@@ -100,9 +100,7 @@ def test_the_processor_is_told_with_what_its_name_hides(tmp_path: Path, monkeypa
     assert records.short_name(found) == "AMD EPYC (family 25, model 17, AVX-512 with bf16)"
 
 
-def test_elsewhere_than_on_linux_a_processor_has_the_name_that_python_knows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_linux_the_processor_has_pythons_name_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "CPUINFO", tmp_path / "none")
     found = records.processor(replace(cpu(""), name="Apple processor arm"))
     assert (found["family"], found["cache"], found["instructions"]) == (None, None, [])
@@ -119,7 +117,7 @@ def test_elsewhere_than_on_linux_a_processor_has_the_name_that_python_knows(
         ("QEMU Virtual CPU", [], "QEMU Virtual (family 6, model 143, no AVX2)"),
     ],
 )
-def test_a_product_is_named_and_what_names_none_is_described(name: str, flags: list[str], short: str) -> None:
+def test_a_machine_is_named_by_product_or_else_described(name: str, flags: list[str], short: str) -> None:
     about = {"name": name, "family": "6", "model": "143", "instructions": flags}
     assert records.short_name(about) == short
 
@@ -136,7 +134,7 @@ def test_the_speed_of_the_machine_is_that_of_its_best_matmul(monkeypatch: pytest
     assert found["blas"]
 
 
-def test_a_machine_tells_its_kernel_and_its_speed() -> None:
+def test_a_machine_record_has_kernel_and_speed() -> None:
     found = records.machine()
     assert found["kernel"] == platform.release()
     assert found["cpu"] == records.short_name(found["processor"])

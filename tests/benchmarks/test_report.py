@@ -12,7 +12,7 @@ from benchmarks import report
 pytestmark = pytest.mark.usefixtures("results")
 
 
-def test_a_section_is_made_anew_and_the_rest_stays() -> None:
+def test_a_section_is_regenerated_and_the_rest_stays() -> None:
     sections = {"speed": report.Section(lambda: r"fast \1")}
     text = "before\n<!-- speed -->\nslow\n<!-- /speed -->\nafter\n"
     new = report.rendered(text, sections, "README.md")
@@ -30,7 +30,7 @@ def test_records_of_an_earlier_model_are_named(tmp_path: Path) -> None:
     assert report.earlier(("new", "old", "older")) == "\n\nMeasured with an earlier embedded model: old, older."
 
 
-def test_every_section_of_the_pages_is_there() -> None:
+def test_every_section_of_the_pages_exists() -> None:
     for page, sections in report.PAGES.items():
         text = page.read_text(encoding="utf-8")
         assert [name for name in sections if f"<!-- {name} -->\n" not in text] == []

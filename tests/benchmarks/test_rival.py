@@ -26,7 +26,7 @@ def best(tmp_path_factory: pytest.TempPathFactory, oxford_root: Path) -> Path:
     return RivalTrainer(config, oxford_root, tmp_path_factory.mktemp("rival"), device=torch.device("cpu")).fit()
 
 
-def test_the_rival_learns_and_comes_back_from_its_file(best: Path) -> None:
+def test_the_rival_learns_and_reloads_from_its_checkpoint(best: Path) -> None:
     network = LrAspp()
     network.load_state_dict(checkpoint.load(best).tensors)
     with torch.inference_mode():
@@ -34,7 +34,7 @@ def test_the_rival_learns_and_comes_back_from_its_file(best: Path) -> None:
     assert logits.shape == (1, 1, 64, 64)
 
 
-def test_it_is_measured_on_every_test_set_that_is_there(best: Path, tmp_path: Path, oxford_root: Path) -> None:
+def test_the_rival_is_measured_on_every_available_test_set(best: Path, tmp_path: Path, oxford_root: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in (photos.NATIVE, photos.OFFICIAL):
@@ -45,7 +45,7 @@ def test_it_is_measured_on_every_test_set_that_is_there(best: Path, tmp_path: Pa
     assert found["parameters"] == 3_218_138
 
 
-def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rival_is_timed_alongside_the_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     height = open_artifact(default_model()).spec.height
 
     def by_size(run: Any, batch: np.ndarray, runs: int) -> list[float]:
@@ -63,7 +63,7 @@ def test_its_time_is_taken_beside_the_model_that_ships(monkeypatch: pytest.Monke
         assert (row["median"], row["petseg_times_as_fast"]) == (32.0, 32 / height)
 
 
-def test_both_networks_learn_alike_and_go_on_after_a_stop(
+def test_both_networks_train_with_the_same_recipe_and_resume(
     tmp_path: Path, oxford_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"

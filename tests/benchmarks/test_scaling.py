@@ -21,14 +21,14 @@ from benchmarks import scaling
         ([10.0, 9.0, 8.0, 7.0, 6.0], 16, None),
     ],
 )
-def test_a_curve_bends_where_it_stops_falling(costs: list[float], until: int, rises: int | None) -> None:
+def test_the_bend_is_where_a_curve_stops_falling(costs: list[float], until: int, rises: int | None) -> None:
     found = scaling.bend(list(zip((1, 2, 4, 8, 16), costs, strict=True)), "batch", "ms a photo")
     assert (found["falls_until"], found["rises_from"]) == (until, rises)
     assert f"batch {until}" in found["statement"]
     assert ("rises" in found["statement"]) == (rises is not None)
 
 
-def test_a_curve_that_goes_up_and_down_has_no_bend() -> None:
+def test_a_fluctuating_curve_has_no_bend() -> None:
     measured = [140.0, 144.0, 185.0, 242.0, 164.0, 126.0, 121.0]
     found = scaling.bend(list(zip((96, 128, 160, 192, 256, 320, 384), measured, strict=True)), "size", "ns a pixel")
     assert (found["falls_until"], found["rises_from"]) == (None, None)
@@ -59,7 +59,7 @@ def test_threads_are_compared_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(("peaks", "flat", "rate"), [((200, 204, 203), True, -1.5), ((200, 220, 300), False, 120.0)])
-def test_memory_is_flat_or_not(peaks: tuple[float, ...], flat: bool, rate: float) -> None:
+def test_flat_and_growing_memory_are_distinguished(peaks: tuple[float, ...], flat: bool, rate: float) -> None:
     rows = [{"peak_mb": [peak] * 3, "seconds_of_video": s} for peak, s in zip(peaks, (5, 20, 60), strict=True)]
     found = scaling.flatness(rows)
     assert (found["flat"], found["mb_per_minute"]) == (flat, pytest.approx(rate))
@@ -75,7 +75,7 @@ def test_a_few_runs_report_the_difference_but_no_slope(runs: int, told: str) -> 
     assert found["statement"] == f"flat: 201 MB at 60 s, 195 MB at 5 s, a difference of +6 MB (+3.1 %; {told})"
 
 
-def test_clips_are_as_long_as_they_say(tmp_path: Path) -> None:
+def test_generated_clips_have_the_requested_length(tmp_path: Path) -> None:
     scaling.make_clip(tmp_path / "clip.mp4", 7)
     with av.open(str(tmp_path / "clip.mp4")) as clip:
         frames = list(clip.decode(video=0))

@@ -1,4 +1,4 @@
-"""A new bundled model is put in place first, and then recorded with its training runs."""
+"""A new bundled model is installed first, and then recorded with its training runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.output
 
 
-def test_a_run_is_told_with_its_commit_and_its_times(run: Path) -> None:
+def test_a_run_is_recorded_with_its_commit_and_times(run: Path) -> None:
     (told,) = ship.trained([run])
     ended = json.loads((run / "run.json").read_text())
     assert (told["name"], told["commit"], told["command"]) == ("edge9", "abc", "petseg train")
@@ -50,7 +50,7 @@ def test_a_run_is_told_with_its_commit_and_its_times(run: Path) -> None:
     assert [row["epoch"] for row in told["log"]] == [1, 2]
 
 
-def test_a_run_that_was_stopped_or_is_of_an_older_version_is_told_as_far_as_it_goes(run: Path, tmp_path: Path) -> None:
+def test_stopped_and_older_runs_are_recorded_as_far_as_known(run: Path, tmp_path: Path) -> None:
     (tmp_path / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes())
     with (run / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_or_is_of_an_older_version_is_told_as_far_as_it_g
 
 @pytest.fixture
 def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Temporary places for all that is replaced: models/edge.onnx, weights/, results/; and data/ to measure on."""
+    """Temporary paths for all that is replaced: models/edge.onnx, weights/, results/; and data/ to measure on."""
     shipped = tmp_path / "models" / "edge.onnx"
     shipped.parent.mkdir()
     shutil.copy(default_model(), shipped)
@@ -83,7 +83,7 @@ def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_what_ships_is_the_checkpoint_measured_proven_and_recorded(run: Path, place: Path) -> None:
+def test_a_shipped_model_is_measured_verified_and_recorded(run: Path, place: Path) -> None:
     words = [str(run / "best.safetensors"), "--data", str(place / "data"), "--run", str(run)]
     before = open_artifact(place / "models" / "edge.onnx")
     ship.ship(words, standalone_mode=False)
@@ -107,9 +107,7 @@ def test_what_ships_is_the_checkpoint_measured_proven_and_recorded(run: Path, pl
     assert [(told["name"], told["commit"]) for told in records.load("training/edge")["runs"]] == [("edge9", "abc")] * 2
 
 
-def test_a_folder_that_holds_no_run_replaces_nothing(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_without_a_run_replaces_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ship, "WEIGHTS", tmp_path / "weights" / "edge.safetensors")
     words = [str(run / "best.safetensors"), "--data", str(tmp_path), "--run", str(tmp_path)]
     with pytest.raises(CheckpointError, match="no such file"):

@@ -14,7 +14,7 @@ from benchmarks import records, soak
 URL = "rtsp://127.0.0.1:1/live"
 
 
-def test_a_source_that_never_comes_back_is_null_in_the_record() -> None:
+def test_a_source_that_never_reconnects_is_null_in_the_record() -> None:
     states = [(1.0, "live"), (10.0, "waiting"), (14.5, "live"), (20.0, "waiting")]
     run: Any = SimpleNamespace(
         times=[100 + at for at, _ in states],

@@ -70,7 +70,7 @@ def figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_leads_and_shortfalls_have_their_sign() -> None:
+def test_leads_and_shortfalls_have_the_right_sign() -> None:
     published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
     assert ": +1.2 points of IoU on small (0.8500, 95 % interval 0.750 to 0.900). " in published
     assert "-1.0 points" in rival
@@ -86,7 +86,7 @@ def test_leads_and_shortfalls_have_their_sign() -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_what_petseg_is_not_behind_in_is_not_told(tmp_path: Path) -> None:
+def test_without_shortfalls_none_are_mentioned(tmp_path: Path) -> None:
     own = peer("petseg, auto", faster=1, start=0.4, installed=400)
     write(tmp_path, peers={"rows": [own, peer("slow", faster=30, start=3, installed=900)]})
     assert "Behind in" not in summary.ahead()
@@ -97,7 +97,7 @@ def test_what_petseg_is_not_behind_in_is_not_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_each_reading_is_told_at_its_own_threshold() -> None:
+def test_each_metric_is_reported_at_its_threshold() -> None:
     head, *_, ours, seen, theirs = summary.quality().splitlines()
     assert "IoU, border as background (at 0.61) | Dice, border as background | IoU, border as pet (at 0.047)" in head
     assert head.endswith("| IoU, border ignored (at 0.3) |")

@@ -44,7 +44,7 @@ def test_other_networks_are_columns() -> None:
     assert lines[4:] == ["| openvino 1 | fp32 | bf16 | 7.0 (35 %) |  |", "| openvino 1 | fp32 | f32 |  | 130.0 |"]
 
 
-def test_another_model_may_have_no_iou_in_a_reading_or_a_range() -> None:
+def test_another_model_may_lack_an_iou_or_a_range() -> None:
     assert tables.other("FPN", "test split", [None, [0.9125, 0.9156], 0.5]) == (
         "| FPN | test split |  | 0.9125 to 0.9156 | 0.5000 |"
     )
@@ -55,7 +55,7 @@ def readings(iou: float) -> dict[str, Any]:
     return {"readings": dict.fromkeys(("background", "pet", "ignored"), values)}
 
 
-def test_each_reading_is_told_at_its_own_threshold(tmp_path: Path) -> None:
+def test_each_metric_is_reported_at_its_threshold(tmp_path: Path) -> None:
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     record = {
         "photos": {"small": 3},
@@ -66,7 +66,7 @@ def test_each_reading_is_told_at_its_own_threshold(tmp_path: Path) -> None:
     assert tables.engines().splitlines()[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
 
 
-def test_engines_on_some_of_the_photos_say_so(tmp_path: Path) -> None:
+def test_engines_measured_on_a_subset_of_photos_say_so(tmp_path: Path) -> None:
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     record = {
         "photos": {"small": 3000, "large": 242},
@@ -83,7 +83,7 @@ def test_engines_on_some_of_the_photos_say_so(tmp_path: Path) -> None:
     assert text.splitlines()[-1].startswith("| openvino | 0.8000 (-0.04) |")
 
 
-def test_a_remover_is_told_on_the_same_photos() -> None:
+def test_a_background_remover_is_reported_on_the_same_photos() -> None:
     ours = {"engine": "openvino 1", "precision": "bf16", "median": 0.0071}
     ours |= {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
     isnet = {"median": 1.8, "at_0.5": readings(0.7)}
@@ -100,7 +100,7 @@ def test_a_remover_is_told_on_the_same_photos() -> None:
     assert "| -1.0 to +11.0 points | +10.0 to +20.0 points | -20.0 to -10.0 points |" in difference
 
 
-def test_the_rival_is_told_on_all_photos_and_in_every_engine() -> None:
+def test_the_rival_is_reported_on_all_photos_and_in_every_engine() -> None:
     times = [
         {
             "engine": "onnxruntime 1",
@@ -121,7 +121,7 @@ def test_the_rival_is_told_on_all_photos_and_in_every_engine() -> None:
     assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
 
 
-def test_what_was_trained_alike_stands_side_by_side() -> None:
+def test_networks_trained_alike_are_shown_side_by_side() -> None:
     rows = [
         {
             "name": name,
@@ -140,7 +140,7 @@ def test_what_was_trained_alike_stands_side_by_side() -> None:
     ]
 
 
-def test_a_folder_has_its_rate_with_and_without_the_start(tmp_path: Path) -> None:
+def test_folder_rates_are_shown_with_and_without_startup(tmp_path: Path) -> None:
     row = {
         "kind": "mask",
         "backend": "openvino",
@@ -153,6 +153,6 @@ def test_a_folder_has_its_rate_with_and_without_the_start(tmp_path: Path) -> Non
     assert tables.folders().splitlines()[-1] == "| openvino | mask | 150 | 88 % | 100 | 1.50 | 120 |"
 
 
-def test_an_engine_is_named_once() -> None:
+def test_an_engine_is_named_only_once() -> None:
     assert tables.title({"name": "lraspp, PyTorch", "engine": "PyTorch"}) == "lraspp, PyTorch"
     assert tables.title({"name": "petseg, auto", "engine": "openvino 1, bf16"}) == "petseg, auto (openvino 1)"

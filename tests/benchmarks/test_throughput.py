@@ -23,7 +23,7 @@ def test_the_bound_is_set_by_the_slowest_step_or_the_cores() -> None:
     assert allowed(steps, 1) == pytest.approx(25)
 
 
-def test_a_rate_begins_with_the_first_file(tmp_path: Path) -> None:
+def test_a_rate_is_measured_from_the_first_file(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     times = {".petseg-run.ndjson": 103.0, "a.png": 100.0, "below/b.png": 100.5, "c.png": 102.0}
     for name, when in times.items():
@@ -39,7 +39,7 @@ def test_a_loop_is_compared_round_by_round() -> None:
     assert row["petseg_times_as_fast"] == 2.0  # of 1.5, 2 and 4
 
 
-def test_the_record_counts_the_photos_that_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_record_counts_the_existing_photos(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     images = tmp_path / "data" / "oxford-iiit-pet" / "images"
     images.mkdir(parents=True)
     for name in ("a.jpg", "b.jpg", "c.png"):

@@ -61,7 +61,7 @@ def test_a_gpu_trains_the_recipes_networks_at_256_with_the_recipes_workers(
         assert max(steps) < 10
 
 
-def test_a_few_photos_are_a_data_folder(tmp_path: Path) -> None:
+def test_a_few_photos_make_a_data_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name in ("images", "annotations/trimaps"):
         (data / name).mkdir(parents=True)

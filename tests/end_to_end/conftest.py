@@ -1,4 +1,4 @@
-"""The real command line, in processes that have PyTorch imported already."""
+"""The real command line, in processes in which PyTorch is already imported."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Forks:
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    # A session of its own, so that what it has forked ends with it, even where a test has run out of time; without the
-    # script's folder among those of modules, where tests/petseg would be in the way.
+    # A separate session, so that its forks are killed with it, even if a test has timed out. -P keeps the script's
+    # folder out of sys.path.
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-P", str(FORKS)]
     with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as server:

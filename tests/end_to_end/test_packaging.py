@@ -1,4 +1,4 @@
-"""The wheel, installed in a clean environment outside the repository: what a user really gets."""
+"""The wheel, installed in a clean environment outside the repository, as users install it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHELSEA = ROOT / "runtime" / "petseg_runtime" / "models" / "samples" / "chelsea.
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(600)]
 
 
-#: Without what would let the checkout into another environment.
+#: The environment without variables that would make the checkout importable.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PETSEG_"))}
 
 
@@ -45,7 +45,7 @@ def names(dist: Path) -> set[str]:
 
 
 def installed(folder: Path, *words: object) -> Path:
-    """An environment with these packages. It has no pip of its own, which takes long: this one's installs them."""
+    """Create an environment with these packages, using this environment's pip, because installing pip takes long."""
     venv.create(folder)
     sh(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "-q", "--retries", "10", *words)
     return folder
@@ -53,19 +53,19 @@ def installed(folder: Path, *words: object) -> Path:
 
 @pytest.fixture(scope="module")
 def light(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with a CPU engine and nothing else, in an environment of its own; returns its folder."""
+    """The folder of an environment with the wheel and a CPU engine only."""
     (wheel,) = dist.glob("*.whl")
     return installed(tmp_path_factory.mktemp("light") / "venv", f"{wheel}[cpu]")
 
 
 @pytest.fixture(scope="module")
 def gpu(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with ONNX Runtime's real GPU package (without CUDA itself, 3 GB), in an environment of its own."""
+    """The folder of an environment with the wheel and ONNX Runtime's GPU package (without CUDA itself, 3 GB)."""
     (wheel,) = dist.glob("*.whl")
     return installed(tmp_path_factory.mktemp("gpu") / "venv", "--no-compile", wheel, "onnxruntime-gpu")
 
 
-def test_the_wheel_holds_three_packages_and_nothing_else(names: set[str]) -> None:
+def test_the_wheel_contains_three_packages_and_nothing_else(names: set[str]) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"petseg", "petseg_export", "petseg_runtime"}
 
@@ -87,7 +87,7 @@ def test_the_wheel_has_model_samples_types_and_licence(names: set[str]) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_wheel_names_every_licence_of_what_is_in_it(dist: Path) -> None:
+def test_the_wheel_names_the_licence_of_everything_in_it(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -107,7 +107,7 @@ def test_the_wheel_has_every_module_of_the_repository(names: set[str]) -> None:
     assert modules == {name for name in names if name.endswith(".py")}
 
 
-def test_wheel_and_sdist_leave_out_checkpoints_and_records(dist: Path, names: set[str]) -> None:
+def test_wheel_and_sdist_exclude_checkpoints_and_records(dist: Path, names: set[str]) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = set(archive.getnames())
@@ -134,7 +134,7 @@ def test_the_light_install_segments_a_photo_without_torch(light: Path, tmp_path:
     assert (tmp_path / "chelsea.png").stat().st_size > 0
 
 
-def test_the_light_install_proves_its_model_and_lists_the_formats(light: Path, tmp_path: Path) -> None:
+def test_the_light_install_verifies_its_model_and_lists_formats(light: Path, tmp_path: Path) -> None:
     receipt = json.loads(sh(light / "bin" / "petseg", "verify", "--json", cwd=tmp_path))
     assert receipt["passed"] is True
     assert receipt["kind"] == "full"
@@ -152,7 +152,7 @@ def test_the_light_install_measures_its_model_on_labelled_photos(
     assert json.loads(sh(light / "bin" / "petseg", *args, cwd=tmp_path))["photos"] == 9
 
 
-def test_the_light_install_leaves_the_repositorys_folder_names_alone(light: Path, tmp_path: Path) -> None:
+def test_the_light_install_occupies_no_repository_folder_names(light: Path, tmp_path: Path) -> None:
     for name in ("export", "runtime", "benchmarks", "tests"):
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
         sh(light / "bin" / "python", "-c", probe, cwd=tmp_path)
@@ -172,7 +172,7 @@ def test_the_light_install_takes_less_than_350_mb(light: Path) -> None:
     assert size < 350e6, f"{size / 1e6:.0f} MB"
 
 
-def test_onnxruntime_gpu_that_falls_back_to_the_cpu_is_an_error_not_a_slow_success(gpu: Path, tmp_path: Path) -> None:
+def test_onnxruntime_gpu_falling_back_to_the_cpu_is_an_error(gpu: Path, tmp_path: Path) -> None:
     hidden = {**CLEAN, "CUDA_VISIBLE_DEVICES": ""}
     command = [str(gpu / "bin" / "petseg"), "infer", str(CHELSEA), "--output", str(tmp_path / "out")]
     done = subprocess.run(
@@ -190,6 +190,6 @@ def test_onnxruntime_gpu_that_falls_back_to_the_cpu_is_an_error_not_a_slow_succe
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_onnxruntime_gpu_runs_on_the_cpu_where_that_is_asked_for(gpu: Path, tmp_path: Path) -> None:
+def test_onnxruntime_gpu_runs_on_the_cpu_on_request(gpu: Path, tmp_path: Path) -> None:
     sh(gpu / "bin" / "petseg", "infer", CHELSEA, "--device", "cpu", "--output", tmp_path)
     assert (tmp_path / "chelsea.png").stat().st_size > 0

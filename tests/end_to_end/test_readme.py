@@ -1,4 +1,4 @@
-"""The README's commands run, and its numbers are those of the records."""
+"""The README's commands run, and its numbers match the records."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WEIGHTS = ROOT / "petseg" / "weights" / "edge.safetensors"
 SAMPLES = ROOT / "runtime" / "petseg_runtime" / "models" / "samples"
 
-#: What makes a command short enough for a test; the last of two equal options wins.
-#: The training is just long enough for masks that mean something: a receipt of nothing is refused.
+#: Options that make a command short enough for a test; the last of two equal options wins.
+#: The training is just long enough for masks that are not constant, which the parity test would reject.
 SHORTER = {
     "benchmark": ["--seconds", "0.2"],
     "train": ["--epochs", "24", "--width", "4", "--size", "64x64", "--batch", "4", "--device", "cpu"],
     "export": ["--split", "test"],
 }
-#: Points of IoU; one toy photo is a coarse judge, and so is one pixel of 32 x 32, whatever the CPU computes in.
+#: In points of IoU: with one toy photo, one pixel of 32 x 32 makes a difference, whatever the compute precision.
 INT8 = ["--int8-judges", "1", "--int8-budget", "5"]
-#: Of a training whose result nothing is made of.
+#: For a training whose result is not used.
 ONE_EPOCH = ["--epochs", "1"]
 
 
@@ -40,7 +40,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with what the README speaks of: cat.jpg, beach.jpg, clip.mp4, photos/ and data/."""
+    """A user's folder with the files that the README names: cat.jpg, beach.jpg, clip.mp4, photos/ and data/."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copy(SAMPLES / "chelsea.jpg", folder / "cat.jpg")
     shutil.copy(SAMPLES / "chelsea.jpg", folder / "beach.jpg")
@@ -51,7 +51,7 @@ def home(oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_clip(path: Path) -> None:
-    """A second and a half of a cat that comes nearer."""
+    """Write 1.5 s of video that zooms in on a cat."""
     with Image.open(SAMPLES / "chelsea.jpg") as photo, av.open(str(path), "w") as file:
         stream: Any = file.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
@@ -62,19 +62,19 @@ def write_clip(path: Path) -> None:
 
 
 def of_training(block: str) -> bool:
-    """Whether a block is about models of one's own; what one such block makes, the next ones use."""
+    """Whether a block is about training your own model; such blocks use the files of earlier ones."""
     return "data" in block or "mine" in block
 
 
 def plain(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`petseg WORDS` as in a shell."""
+    """Run `petseg WORDS` as in a shell."""
     command = [sys.executable, "-m", "petseg.cli", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
 
-@pytest.mark.timeout(1500)  # thirty processes, half of which train or export: on a slow and busy machine, minutes
-@pytest.mark.parametrize("training", [False, True], ids=["the model that ships", "models of one's own"])
-def test_the_commands_run_in_their_order(home: Path, forks: Any, training: bool) -> None:
+@pytest.mark.timeout(1500)  # thirty processes, half of which train or export: minutes on a slow, busy machine
+@pytest.mark.parametrize("training", [False, True], ids=["bundled model", "trained model"])
+def test_the_commands_run_in_order(home: Path, forks: Any, training: bool) -> None:
     lines = [
         line for block in blocks("sh") if of_training(block) == training for line in block.splitlines() if line.strip()
     ]
@@ -92,7 +92,7 @@ def test_the_commands_run_in_their_order(home: Path, forks: Any, training: bool)
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="petseg/weights is not in the sdist")
-def test_the_python_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(WEIGHTS, home / "best.safetensors")
     monkeypatch.chdir(home)
     for block in blocks("python"):
@@ -117,12 +117,12 @@ PAGES = [
 
 
 def heading(line: str) -> str:
-    """The anchor that readers of the page have for a heading."""
+    """The anchor of a heading on the rendered page."""
     return re.sub(r"[^\w -]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_local_link_leads_somewhere(page: str) -> None:
+def test_every_local_link_resolves(page: str) -> None:
     here = ROOT / page
     if not here.exists():
         pytest.skip(f"{page} is not in the sdist")
@@ -138,10 +138,8 @@ def test_every_local_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="benchmarks/results is not in the sdist")
-def test_the_numbers_are_those_of_the_records(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`python -m benchmarks report --check`, in this process: a new one would import PyTorch once more."""
+def test_the_numbers_match_the_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m benchmarks report --check`, in this process: a new one would import PyTorch again."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
         main(["report", "--check"])

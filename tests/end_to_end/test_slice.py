@@ -1,4 +1,4 @@
-"""The whole way, through the real command line: train, export, infer, evaluate, info."""
+"""The complete workflow through the real command line: train, export, infer, evaluate, info."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-#: The words of a command line to its standard output.
+#: A function from the words of a command line to its standard output.
 Petseg: TypeAlias = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
 def petseg(forks: Any) -> Petseg:
-    """Run the command line in a process of its own, which has to end well."""
+    """Run the command line in a separate process, which must succeed."""
 
     def run(*args: object) -> str:
         done = forks(*args)
@@ -30,7 +30,7 @@ def petseg(forks: Any) -> Petseg:
 
 @pytest.fixture(scope="module")
 def run(petseg: Petseg, oxford_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny network that learns the synthetic pets well enough to be worth exporting."""
+    """A run of a tiny network that learns the synthetic pets well enough to pass the parity test."""
     output = tmp_path_factory.mktemp("run")
     settings = ["optimizer.lr=0.01", "schedule.name=one-cycle", "data.val_fraction=0.2", "augment.rotate=0"]
     petseg(
@@ -44,7 +44,7 @@ def run(petseg: Petseg, oxford_root: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def exported(petseg: Petseg, run: Path, oxford_root: Path) -> Path:
     file = run / "model.onnx"
-    photos = oxford_root / "images"  # all 30: the validation part alone would be a smoke test
+    photos = oxford_root / "images"  # all 30: the validation split alone would be a smoke test
     receipt = json.loads(petseg("export", run / "best.safetensors", "-o", file, "--data", photos, "--json"))
     assert receipt["passed"]
     assert receipt["rows"][0]["max_difference"] <= 1
@@ -52,7 +52,7 @@ def exported(petseg: Petseg, run: Path, oxford_root: Path) -> Path:
     return file
 
 
-def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
+def test_training_writes_checkpoints_log_and_pictures(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "best.safetensors",
         "last.safetensors",
@@ -62,15 +62,15 @@ def test_training_leaves_its_checkpoints_log_and_pictures(run: Path) -> None:
     }
 
 
-def test_what_was_trained_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
+def test_the_trained_model_finds_the_pets(petseg: Petseg, exported: Path, oxford_root: Path) -> None:
     metrics = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
     assert metrics["schema_version"] == 1
     assert metrics["photos"] == 6
-    # An empty or a full mask would score less than half of this on the synthetic ellipses.
+    # On the synthetic ellipses, an empty or a full mask has an IoU of less than half of this.
     assert metrics["iou"] > 0.6
 
 
-def test_checkpoint_and_exported_file_score_the_same(
+def test_checkpoint_and_exported_file_have_the_same_iou(
     petseg: Petseg, run: Path, exported: Path, oxford_root: Path
 ) -> None:
     of_file = json.loads(petseg("evaluate", exported, "--backend", "ort", "--data", oxford_root, "--json"))
@@ -91,7 +91,7 @@ def test_the_exported_file_segments_a_folder(petseg: Petseg, exported: Path, oxf
             assert set(np.unique(np.array(mask))) <= {0, 255}
 
 
-def test_the_file_says_where_it_comes_from(petseg: Petseg, exported: Path) -> None:
+def test_the_file_states_its_provenance(petseg: Petseg, exported: Path) -> None:
     info = json.loads(petseg("info", exported, "--json"))
     assert info["spec"]["height"] == info["spec"]["width"] == 64
     assert info["receipt"]["passed"]

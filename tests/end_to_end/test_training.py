@@ -1,4 +1,4 @@
-"""How `petseg train` ends, in a process of its own."""
+"""How `petseg train` exits, in a separate process."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ SPLIT = ["--set", "data.val_fraction=0.1", "--epochs", "1", "--json"]
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
-    broken: Path, tmp_path: Path, forks: Any, quiet: bool
-) -> None:
+def test_skipped_photos_are_named_and_exit_as_partial(broken: Path, tmp_path: Path, forks: Any, quiet: bool) -> None:
     more = ["--set", "data.on_bad=skip", *(["-q"] if quiet else [])]
     done = forks(*words(broken, tmp_path / "run", *SPLIT, *more))
     assert done.returncode == 3, done.stderr
@@ -47,15 +45,13 @@ def test_photos_that_are_left_out_are_named_and_make_the_run_a_partial_one(
     assert (lines == told) is quiet
 
 
-def test_photos_that_cannot_be_read_end_a_run_that_is_not_told_to_skip_them(
-    broken: Path, tmp_path: Path, forks: Any
-) -> None:
+def test_unreadable_photos_stop_a_run_without_the_skip_option(broken: Path, tmp_path: Path, forks: Any) -> None:
     stopped = forks(*words(broken, tmp_path / "stopped", *SPLIT))
     assert stopped.returncode == 8, stopped.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_has_its_exit_code(oxford_root: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_signal_sets_its_exit_code(oxford_root: Path, tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "petseg.cli", *words(oxford_root, output, "--epochs", "1000")],

@@ -50,7 +50,7 @@ BEFORE = b"the file of an earlier export"
 
 
 @pytest.fixture
-def beside(checkpoint_file: Path, tmp_path: Path) -> Path:
+def checkpoint_copy(checkpoint_file: Path, tmp_path: Path) -> Path:
     """A copy of the session's checkpoint in a new folder."""
     (tmp_path / "run").mkdir()
     return Path(shutil.copy(checkpoint_file, tmp_path / "run" / "best.safetensors"))
@@ -81,7 +81,7 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# -------------------------------------------------------------------------------------------------- written files
 
 
 @pytest.mark.parametrize(
@@ -92,25 +92,25 @@ def full_disk(room: int) -> Iterator[None]:
     ],
     ids=["onnx", "openvino"],
 )
-def test_the_files_lie_beside_the_checkpoint_and_are_named(
-    config: ExportConfig, names: list[str], beside: Path, known_graph: None
+def test_the_files_are_written_beside_the_checkpoint_and_listed(
+    config: ExportConfig, names: list[str], checkpoint_copy: Path, known_graph: None
 ) -> None:
-    done = export(str(beside), config)
-    assert done.path == beside.with_name(names[0])
-    assert done.files == tuple(beside.with_name(name) for name in names)
-    assert set(content(beside.parent)) == {"best.safetensors", *names}
+    done = export(str(checkpoint_copy), config)
+    assert done.path == checkpoint_copy.with_name(names[0])
+    assert done.files == tuple(checkpoint_copy.with_name(name) for name in names)
+    assert set(content(checkpoint_copy.parent)) == {"best.safetensors", *names}
     artifact = open_artifact(done.path)
     assert artifact.receipt == json.loads(json.dumps(done.receipt.as_dict()))
     assert artifact.receipt["passed"] is True
 
 
 @pytest.mark.parametrize("config", [OnnxConfig(precision="fp16"), OpenVINOConfig(), OpenVINOConfig(precision="fp16")])
-def test_a_second_export_gives_the_same_bytes(config: ExportConfig, beside: Path, known_graph: None) -> None:
+def test_a_second_export_gives_the_same_bytes(config: ExportConfig, checkpoint_copy: Path, known_graph: None) -> None:
     """Everything except the tracing, which `test_cli` repeats: photos, receipt, parity record, compiler."""
     made = []
     for _ in range(2):
-        export(beside, config)
-        made.append(content(beside.parent))
+        export(checkpoint_copy, config)
+        made.append(content(checkpoint_copy.parent))
         if made[-1].pop("best.xml", None):  # OpenVINO numbers layers across all models of a process
             sidecar = json.loads(made[-1].pop("best.xml.json"))
             del sidecar["files"][".xml"]
@@ -119,7 +119,7 @@ def test_a_second_export_gives_the_same_bytes(config: ExportConfig, beside: Path
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_missing_folders_are_made(
+def test_missing_folders_are_created(
     config: type[ExportConfig], checkpoint_file: Path, tmp_path: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -129,7 +129,9 @@ def test_missing_folders_are_made(
     assert all(file.parent == tmp_path / "a" / "b" for file in done.files)
 
 
-def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]) -> None:
+def test_the_parity_record_ships_with_the_file_and_verifies_it(
+    exported: Any, checkpoint_file: Path, trained: Any, photos: list[Path]
+) -> None:
     artifact = open_artifact(exported.file)
     proof = load_proof(proof_of(exported.file), artifact.spec, artifact.provenance["checkpoint_sha256"])
     chosen = np.linspace(0, len(photos) - 1, 16).round().astype(int)  # evenly spaced, because a data set is sorted
@@ -142,24 +144,24 @@ def test_the_proof_travels_and_proves(exported: Any, checkpoint_file: Path, trai
     assert receipt.reference == exported.receipt.reference
 
 
-def test_a_proof_of_few_photos_has_them_all(beside: Path, known_graph: None) -> None:
-    done = export(beside, OnnxConfig(photos=3))
+def test_a_parity_record_of_few_photos_contains_them_all(checkpoint_copy: Path, known_graph: None) -> None:
+    done = export(checkpoint_copy, OnnxConfig(photos=3))
     assert verify_artifact(open_artifact(done.path)).names == done.receipt.names
     assert done.receipt.photos == 3
     assert done.receipt.kind == "smoke"
 
 
-def test_each_engine_that_is_asked_for_has_its_rows(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_each_requested_engine_has_rows(checkpoint_copy: Path, oxford_root: Path, known_graph: None) -> None:
     config = OnnxConfig(backends=("onnxruntime", "openvino"), data=oxford_root / "images")
-    rows = export(beside, config).receipt.rows
+    rows = export(checkpoint_copy, config).receipt.rows
     assert [row.engine.split()[0] for row in rows][:2] == ["onnxruntime", "openvino"]
     assert {row.engine.split()[0] for row in rows} == {"onnxruntime", "openvino"}
     assert [row.precision for row in rows[:2]] == ["f32", "f32"], "the exact rows come first"
     assert all(row.passed for row in rows)
 
 
-def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
-    beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+def test_the_parity_test_uses_the_requested_device_and_threads(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
@@ -168,7 +170,7 @@ def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
         return load_engine(artifact, backend, threads, device=device, exact=exact)
 
     monkeypatch.setattr(parity, "load_engine", load)
-    export(beside, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
+    export(checkpoint_copy, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
     assert asked == [("onnxruntime", 3, "cpu")], "loaded once, because it always computes float32 in float32"
 
 
@@ -184,7 +186,7 @@ def test_the_parity_test_has_the_device_and_the_threads_that_are_asked_for(
         ((64, 64), (64, 64), (48, 32)),
     ],
 )
-def test_a_graph_of_any_size_is_tested_at_a_second_one(
+def test_a_dynamic_size_graph_is_tested_at_a_second_size(
     size: tuple[int, int], largest: tuple[int, int] | None, other: tuple[int, int] | None
 ) -> None:
     height, width = size
@@ -193,7 +195,7 @@ def test_a_graph_of_any_size_is_tested_at_a_second_one(
 
 
 def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
-    beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if the specification's size is 16 x 16, the smallest."""
 
@@ -206,13 +208,13 @@ def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
     monkeypatch.setattr(parity, "load_engine", load)
     config = OnnxConfig(height=16, width=16, dynamic_size=True, photos=3, backends=("onnxruntime",))
     with pytest.raises(ParityTolerance, match=r"FAILED.*at another size: largest difference"):
-        export(beside, config)
-    assert list(content(beside.parent)) == ["best.safetensors"]
+        export(checkpoint_copy, config)
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
-def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> None:
+def test_progress_is_reported_per_stage(checkpoint_copy: Path, known_graph: None) -> None:
     told: list[tuple[str, int, int]] = []
-    export(beside, OpenVINOConfig(photos=2), lambda *step: told.append(step))
+    export(checkpoint_copy, OpenVINOConfig(photos=2), lambda *step: told.append(step))
     stages = list(dict.fromkeys(what for what, _, _ in told))
     assert stages == [
         "reading",
@@ -231,7 +233,7 @@ def test_progress_is_told_stage_by_stage(beside: Path, known_graph: None) -> Non
 
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_receipts_iou_is_that_of_petseg_evaluate(
+def test_the_receipts_iou_matches_petseg_evaluate(
     config: type[ExportConfig], split: str, with_split: Path, trained: Any, oxford_root: Path, known_graph: None
 ) -> None:
     """On the split of the checkpoint's training, in every row."""
@@ -250,7 +252,7 @@ def test_the_receipts_iou_is_that_of_petseg_evaluate(
     assert done.receipt.rows[-1].task["this"] == pytest.approx(this, abs=1e-12)
 
 
-def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
+def test_a_receipt_on_possible_training_photos_says_so(
     trained: Any, meta: dict[str, Any], tmp_path: Path, oxford_root: Path, known_graph: None
 ) -> None:
     path, data = tmp_path / "best.safetensors", {"names_sha256": "0" * 64, "skipped_without_pet": []}
@@ -263,12 +265,14 @@ def test_a_receipt_on_photos_that_may_have_been_trained_on_says_so(
     assert (test.receipt.note, test.notes) == ("", ())
 
 
-def test_what_auto_would_run_has_a_row_beside_the_exact_one(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_autos_choice_has_a_row_next_to_the_exact_one(
+    checkpoint_copy: Path, oxford_root: Path, known_graph: None
+) -> None:
     engine = pytest.importorskip("petseg_runtime.engines.openvino")
     with pytest.MonkeyPatch.context() as patch:  # undone before tests/conftest.py's `any_cpu` is
         patch.setattr(engine, "computes_in_less", lambda spec, options: not options.exact)
         patch.setattr(engine, "_NAMES", {"f32": "bf16", "bf16": "bf16"})  # as on a CPU with bf16
-        exact, left_alone = export(beside, OnnxConfig(data=oxford_root / "images")).receipt.rows
+        exact, left_alone = export(checkpoint_copy, OnnxConfig(data=oxford_root / "images")).receipt.rows
     assert (exact.engine.split()[0], exact.precision) == ("onnxruntime", "f32")
     assert (left_alone.engine.split()[0], left_alone.precision) == ("openvino", "bf16")
 
@@ -298,15 +302,15 @@ def _flip(data: bytes) -> bytes:
     ],
     ids=["empty", "8 bytes", "truncated", "longer", "header", "PNG", "garbage"],
 )
-def test_a_damaged_file_is_no_checkpoint(beside: Path, spoil: Callable[[bytes], bytes]) -> None:
-    spoilt = spoil(beside.read_bytes())
-    beside.write_bytes(spoilt)
+def test_a_damaged_checkpoint_is_rejected(checkpoint_copy: Path, spoil: Callable[[bytes], bytes]) -> None:
+    spoilt = spoil(checkpoint_copy.read_bytes())
+    checkpoint_copy.write_bytes(spoilt)
     with pytest.raises(CheckpointError, match=r"run/best\.safetensors: not a readable safetensors checkpoint"):
-        export(beside, OnnxConfig())
-    assert content(beside.parent) == {"best.safetensors": spoilt}
+        export(checkpoint_copy, OnnxConfig())
+    assert content(checkpoint_copy.parent) == {"best.safetensors": spoilt}
 
 
-def test_another_programs_file_is_no_checkpoint(tmp_path: Path, exported: Any) -> None:
+def test_a_foreign_file_is_rejected_as_a_checkpoint(tmp_path: Path, exported: Any) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     shutil.copy(exported.file, tmp_path / "other.onnx.safetensors")
@@ -318,7 +322,7 @@ def test_another_programs_file_is_no_checkpoint(tmp_path: Path, exported: Any) -
 
 
 @pytest.mark.parametrize("width", [2, 6, 64, 10**6, 3, 0, "4"])
-def test_a_checkpoint_of_another_width_than_its_header_says(
+def test_a_checkpoint_whose_width_contradicts_its_header_is_rejected(
     trained: Any, meta: dict[str, Any], tmp_path: Path, width: Any
 ) -> None:
     path = tmp_path / "odd.safetensors"
@@ -328,7 +332,7 @@ def test_a_checkpoint_of_another_width_than_its_header_says(
     assert list(content(tmp_path)) == ["odd.safetensors"]
 
 
-def test_the_state_of_a_run_is_refused_with_the_remedy(trained: Any, tmp_path: Path) -> None:
+def test_a_training_state_file_is_rejected_with_a_remedy(trained: Any, tmp_path: Path) -> None:
     state = {f"ema/{name}": tensor for name, tensor in trained.model.state_dict().items()}
     save_checkpoint(tmp_path / "last.safetensors", state, {"kind": "training", "model": {"width": 4}})
     with pytest.raises(CheckpointError, match=r"last\.safetensors: .*best\.safetensors"):
@@ -350,7 +354,7 @@ def test_the_state_of_a_run_is_refused_with_the_remedy(trained: Any, tmp_path: P
     ],
     ids=str,
 )
-def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
+def test_an_invalid_header_gives_a_one_line_error_naming_the_file(
     trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path, damaged: dict[str, Any], known_graph: None
 ) -> None:
     path = tmp_path / "odd.safetensors"
@@ -361,12 +365,12 @@ def test_a_header_that_makes_no_sense_is_one_line_that_names_the_file(
     assert list(content(tmp_path)) == ["odd.safetensors"]
 
 
-# ------------------------------------------------------------------------------------------------ bad places
+# ------------------------------------------------------------------------------------- unusable output paths
 
 
 @pytest.mark.parametrize(("config", "suffix"), [(OnnxConfig, ".onnx"), (OpenVINOConfig, ".xml")])
 @pytest.mark.parametrize("name", ["out", "out.pt", "out.onnx.zip", "out.ONNX", "onnx"])
-def test_an_output_with_another_suffix_is_refused_at_once(
+def test_an_output_with_the_wrong_suffix_is_rejected_immediately(
     config: type[ExportConfig], suffix: str, name: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=f"{name}: .* files end in {suffix}"):
@@ -376,7 +380,7 @@ def test_an_output_with_another_suffix_is_refused_at_once(
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("place", ["file/out", "folder"])
-def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
+def test_an_unwritable_output_raises_output_error(
     config: type[ExportConfig], place: str, checkpoint_file: Path, tmp_path: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
@@ -391,30 +395,32 @@ def test_an_output_that_cannot_be_written_is_an_error_of_its_own(
     ("config", "name"),
     [(OnnxConfig, "best.onnx"), (OpenVINOConfig, "best.xml"), (OpenVINOConfig, "best.bin")],
 )
-def test_no_file_of_an_export_is_written_over_its_checkpoint(
-    config: type[ExportConfig], name: str, beside: Path, known_graph: None
+def test_an_export_never_overwrites_its_checkpoint(
+    config: type[ExportConfig], name: str, checkpoint_copy: Path, known_graph: None
 ) -> None:
-    path = beside.rename(beside.with_name(name))
-    before = content(beside.parent)
+    path = checkpoint_copy.rename(checkpoint_copy.with_name(name))
+    before = content(checkpoint_copy.parent)
     with pytest.raises(OutputError, match=rf"{name}: the export would overwrite its source"):
         export(path, config())
-    assert content(beside.parent) == before
+    assert content(checkpoint_copy.parent) == before
 
 
-def test_of_an_exported_file_it_is_said_that_it_is_no_checkpoint(exported: Any, tmp_path: Path) -> None:
+def test_an_exported_file_given_as_checkpoint_is_named_as_such(exported: Any, tmp_path: Path) -> None:
     path = Path(shutil.copy(exported.file, tmp_path / "mine.onnx"))
     with pytest.raises(CheckpointError, match=r"mine\.onnx: .*give the \.safetensors file that it was made from"):
         export(path, OnnxConfig())
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write to")
-def test_a_folder_that_cannot_be_made(checkpoint_file: Path, known_graph: None) -> None:
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
+def test_a_folder_that_cannot_be_created_is_an_output_error(checkpoint_file: Path, known_graph: None) -> None:
     with pytest.raises(OutputError, match=r"/proc/petseg/out\.onnx: cannot be written"):
         export(checkpoint_file, OnnxConfig(output=Path("/proc/petseg/out.onnx")))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(checkpoint_file: Path, tmp_path: Path, known_graph: None) -> None:
+def test_a_folder_without_permission_is_an_output_error(
+    checkpoint_file: Path, tmp_path: Path, known_graph: None
+) -> None:
     tmp_path.chmod(0o555)
     try:
         with pytest.raises(OutputError, match="Permission denied"):
@@ -426,49 +432,51 @@ def test_a_folder_without_permission(checkpoint_file: Path, tmp_path: Path, know
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("room", [0, 1000, 100_000])
-def test_a_full_disk_leaves_what_was_there_before(
-    config: type[ExportConfig], room: int, beside: Path, known_graph: None
+def test_a_full_disk_leaves_existing_files_unchanged(
+    config: type[ExportConfig], room: int, checkpoint_copy: Path, known_graph: None
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
-    beside.with_suffix(suffix).write_bytes(BEFORE)
-    before = content(beside.parent)
+    checkpoint_copy.with_suffix(suffix).write_bytes(BEFORE)
+    before = content(checkpoint_copy.parent)
     with full_disk(room), pytest.raises(OutputError, match=f"best{suffix}: cannot be written .*File too large"):
-        export(beside, config())
-    assert content(beside.parent) == before
+        export(checkpoint_copy, config())
+    assert content(checkpoint_copy.parent) == before
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_disk_that_is_full_at_the_last_file(
-    config: type[ExportConfig], beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_full_at_the_last_file_leaves_existing_files_unchanged(
+    config: type[ExportConfig], checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Proof, "to_bytes", lambda self: bytes(3_000_000))
-    before = content(beside.parent)
+    before = content(checkpoint_copy.parent)
     with full_disk(2_000_000), pytest.raises(OutputError, match="File too large"):
-        export(beside, config())
-    assert content(beside.parent) == before
+        export(checkpoint_copy, config())
+    assert content(checkpoint_copy.parent) == before
 
 
-# ------------------------------------------------------------------------------------------------ bad proofs
+# -------------------------------------------------------------------------------------- failing parity tests
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("before", [False, True])
-def test_a_failed_receipt_leaves_nothing_new(
-    config: type[ExportConfig], before: bool, beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_receipt_writes_nothing(
+    config: type[ExportConfig], before: bool, checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suffix = ".onnx" if config is OnnxConfig else ".xml"
     if before:
-        export(beside, config())
-    files = content(beside.parent)
+        export(checkpoint_copy, config())
+    files = content(checkpoint_copy.parent)
     monkeypatch.setitem(parity.TOLERANCES, "f32", Tolerance(max_difference=-1, min_mask_iou=0.999))
     with pytest.raises(ParityTolerance, match=r"FAILED.*largest difference") as caught:
-        export(beside, config())
+        export(checkpoint_copy, config())
     assert caught.value.exit_code == 10
-    assert content(beside.parent) == files
-    assert (beside.with_suffix(suffix) in beside.parent.iterdir()) is before
+    assert content(checkpoint_copy.parent) == files
+    assert (checkpoint_copy.with_suffix(suffix) in checkpoint_copy.parent.iterdir()) is before
 
 
-def test_one_failed_row_is_enough(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_failed_row_fails_the_export(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = build.measure
 
     def second_fails(*args: Any, **more: Any) -> Any:
@@ -477,18 +485,20 @@ def test_one_failed_row_is_enough(beside: Path, known_graph: None, monkeypatch: 
 
     monkeypatch.setattr(build, "measure", second_fails)
     with pytest.raises(ParityTolerance, match=r"bf16 in onnxruntime .*: off by a mile"):
-        export(beside, OnnxConfig())
-    assert list(content(beside.parent)) == ["best.safetensors"]
+        export(checkpoint_copy, OnnxConfig())
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
-def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_engine_fails_the_export(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(*_: Any, **__: Any) -> Any:
         raise EngineError("out of memory")
 
     monkeypatch.setattr(build, "measure", failing)
     with pytest.raises(EngineError, match="out of memory"):
-        export(beside, OnnxConfig())
-    assert list(content(beside.parent)) == ["best.safetensors"]
+        export(checkpoint_copy, OnnxConfig())
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -501,32 +511,32 @@ def test_an_engine_that_fails_is_no_proof(beside: Path, known_graph: None, monke
         "scanning activations",
     ],
 )
-def test_an_interruption_leaves_nothing_at_any_stage(stage: str, beside: Path, known_graph: None) -> None:
+def test_an_interruption_at_any_stage_writes_nothing(stage: str, checkpoint_copy: Path, known_graph: None) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what == stage:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(beside, OpenVINOConfig(), interrupt)
-    assert sorted(path.name for path in beside.parent.iterdir()) == ["best.safetensors"]
+        export(checkpoint_copy, OpenVINOConfig(), interrupt)
+    assert sorted(path.name for path in checkpoint_copy.parent.iterdir()) == ["best.safetensors"]
 
 
-def test_a_photo_that_cannot_be_read_leaves_nothing(beside: Path, oxford_copy: Path, known_graph: None) -> None:
+def test_an_unreadable_photo_writes_nothing(checkpoint_copy: Path, oxford_copy: Path, known_graph: None) -> None:
     (oxford_copy / "images" / "pet_29.jpg").write_bytes(b"no photo")
     with pytest.raises(UnreadableImage, match=r"pet_29\.jpg") as unlabelled:
-        export(beside, OnnxConfig(data=oxford_copy / "images"))
+        export(checkpoint_copy, OnnxConfig(data=oxford_copy / "images"))
     with pytest.raises(DataError, match=r"pet_29\.jpg") as labelled:
-        export(beside, OnnxConfig(data=oxford_copy, split="test"))
+        export(checkpoint_copy, OnnxConfig(data=oxford_copy, split="test"))
     assert isinstance(unlabelled.value, InputError)
     assert (unlabelled.value.exit_code, labelled.value.exit_code) == (1, 8)
-    assert list(content(beside.parent)) == ["best.safetensors"]
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
-def test_a_mask_that_cannot_be_read_leaves_nothing(beside: Path, folder_copy: Path, known_graph: None) -> None:
+def test_an_unreadable_mask_writes_nothing(checkpoint_copy: Path, folder_copy: Path, known_graph: None) -> None:
     (folder_copy / "masks" / "own_10.png").unlink()
     with pytest.raises(DataError, match=r"own_10\.png"):
-        export(beside, OnnxConfig(data=folder_copy, split="test"))
-    assert list(content(beside.parent)) == ["best.safetensors"]
+        export(checkpoint_copy, OnnxConfig(data=folder_copy, split="test"))
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
 def renamed(proto: onnx.ModelProto) -> None:
@@ -554,20 +564,20 @@ def of_another_size(proto: onnx.ModelProto) -> None:
         (of_another_size, ParityShapes, "48"),
     ],
 )
-def test_a_graph_that_breaks_the_contract_is_a_parity_error(
+def test_a_graph_that_violates_the_contract_is_a_parity_error(
     change: Callable[[onnx.ModelProto], None],
     error: type[ParityError],
     told: str,
     exported: Any,
-    beside: Path,
+    checkpoint_copy: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     proto = onnx.load(exported.file)
     change(proto)
     monkeypatch.setattr(build, "graph_bytes", lambda deployed, spec: proto.SerializeToString())
     with pytest.raises(error, match=told):
-        export(beside, OnnxConfig())
-    assert list(content(beside.parent)) == ["best.safetensors"]
+        export(checkpoint_copy, OnnxConfig())
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -581,7 +591,7 @@ def test_a_graph_that_breaks_the_contract_is_a_parity_error(
         (OpenVINOConfig(backends=("onnxruntime",)), EngineError),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused_before_the_checkpoint_is_read(
+def test_an_impossible_request_is_rejected_before_the_checkpoint_is_read(
     config: ExportConfig, error: type[PetsegError], tmp_path: Path
 ) -> None:
     with pytest.raises(error):
@@ -599,7 +609,7 @@ def test_damaged_training_metadata_is_found_before_any_photo_is_read(
         export(path, OnnxConfig())
 
 
-def test_the_same_photos_are_seen_by_every_format(beside: Path, oxford_root: Path, known_graph: None) -> None:
+def test_every_format_is_tested_on_the_same_photos(checkpoint_copy: Path, oxford_root: Path, known_graph: None) -> None:
     wanted = {"data": oxford_root / "images", "photos": 5, "seed": 3}
-    seen = [export(beside, config(**wanted)).receipt.photos_sha256 for config in CONFIGS]
+    seen = [export(checkpoint_copy, config(**wanted)).receipt.photos_sha256 for config in CONFIGS]
     assert len(set(seen)) == 1

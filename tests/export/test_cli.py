@@ -35,7 +35,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_file_lies_beside_the_checkpoint_and_people_are_told(
+def test_the_file_is_written_beside_the_checkpoint_and_reported(
     checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["export", str(checkpoint)]) == 0
@@ -53,7 +53,7 @@ def test_the_file_lies_beside_the_checkpoint_and_people_are_told(
     assert names(checkpoint.parent) == {"best.safetensors", file.name, proof.name}
 
 
-def test_json_is_the_receipt_and_nothing_else(
+def test_json_output_is_only_the_receipt(
     checkpoint: Path, known_graph: None, tmp_path: Path, oxford_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new" / "model.onnx"
@@ -71,13 +71,13 @@ def test_json_is_the_receipt_and_nothing_else(
     assert not err
 
 
-def test_quiet_says_nothing(checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_nothing(checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", str(checkpoint), "-q", "--photos", "1"]) == 0
     assert capsys.readouterr() == ("", "")
     assert open_artifact(checkpoint.with_suffix(".onnx")).receipt["photos"] == 1
 
 
-def test_every_option_reaches_the_file(
+def test_every_option_is_applied_to_the_file(
     checkpoint: Path, notes_file: Path, photos: list[Path], known_graph: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["export", str(checkpoint), "--size", "16x32", "--notes", str(notes_file), "--photos", "2", "--batch", "3"]
@@ -87,7 +87,7 @@ def test_every_option_reaches_the_file(
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
-    # The file agrees with the checkpoint, but that was trained at another size.
+    # The file matches the checkpoint, which was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
         capsys.readouterr().err,
@@ -112,10 +112,10 @@ def test_an_ir_from_an_onnx_file_in_two_steps(
     assert run(["verify", str(files[0]), "-q"]) == 0
 
 
-# ------------------------------------------------------------------------------------------------ real processes
+# -------------------------------------------------------------------------------------------- separate processes
 
 
-def test_a_real_process_exports_the_very_same_graph(
+def test_a_separate_process_exports_the_identical_graph(
     checkpoint_file: Path, tmp_path: Path, photos: list[Path], exported: Any
 ) -> None:
     """So anyone with the checkpoint can check a file that they were given. And stderr is empty."""
@@ -131,7 +131,7 @@ def test_a_real_process_exports_the_very_same_graph(
     assert with_metadata(output.read_bytes(), first.onnx.metadata) == exported.file.read_bytes()
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(checkpoint: Path) -> None:
+def test_ctrl_c_during_an_export_leaves_no_files(checkpoint: Path) -> None:
     before = b"the file of an earlier export"
     checkpoint.with_suffix(".xml").write_bytes(before)
     here = names(checkpoint.parent)
@@ -204,7 +204,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
 ]
 
 
-def test_what_cannot_be_done_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_impossible_requests_are_rejected_before_heavy_imports(tmp_path: Path) -> None:
     """The checkpoint does not even exist, so nothing has tried to read it."""
     lines = [["export", str(tmp_path / "none.safetensors"), *options] for options, _, _ in REFUSED]
     done = subprocess.run(
@@ -242,7 +242,7 @@ def test_the_list_of_formats_needs_neither_torch_nor_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
-def test_the_list_says_what_is_missing_here(
+def test_the_list_shows_missing_requirements(
     gpus: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: object() if name != "openvino" else None)
@@ -265,7 +265,7 @@ def test_the_list_says_what_is_missing_here(
     assert {"help", "proven"} <= formats["trt"].keys()
 
 
-def test_without_a_checkpoint_that_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_argument_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export"]) == 2
     assert "Missing argument 'CHECKPOINT'" in capsys.readouterr().err
 
@@ -273,7 +273,7 @@ def test_without_a_checkpoint_that_is_wrong_usage(capsys: pytest.CaptureFixture[
 # ------------------------------------------------------------------------------------------------ failures
 
 
-def test_tensorrt_without_its_package_or_without_a_gpu(
+def test_tensorrt_without_package_or_gpu_is_an_error(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ["export", str(checkpoint), "--format", "trt"]
@@ -302,7 +302,7 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert failed(["export", str(path)], capsys) == (4, f"petseg: {path}: no such file\n")
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_as_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = failed(["export", str(tmp_path), "-o", str(tmp_path / "out.onnx")], capsys)
     assert code == 4
     assert str(tmp_path) in message
@@ -310,7 +310,7 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("data", ["empty", "nowhere", "notes.json"])
-def test_data_without_photos_is_a_bad_data_set(
+def test_data_without_photos_is_a_data_error(
     checkpoint: Path, notes_file: Path, tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -321,7 +321,7 @@ def test_data_without_photos_is_a_bad_data_set(
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, "\udcff", None], ids=lambda text: str(text)[:5])
-def test_notes_that_are_no_json_object_are_refused(
+def test_notes_that_are_not_a_json_object_are_rejected(
     checkpoint: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notes = tmp_path / "n.json"
@@ -346,7 +346,7 @@ def test_notes_that_are_no_json_object_are_refused(
         ["--no-such-option"],
     ],
 )
-def test_a_wrong_command_line_is_exit_code_2(
+def test_an_invalid_command_line_exits_with_2(
     checkpoint: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, message = failed(["export", str(checkpoint), *options], capsys)
@@ -355,7 +355,7 @@ def test_a_wrong_command_line_is_exit_code_2(
     assert names(checkpoint.parent) == {"best.safetensors"}
 
 
-def test_a_failed_receipt_is_exit_code_10(
+def test_a_failed_receipt_exits_with_10(
     checkpoint: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strict = parity.Tolerance(max_difference=-1, min_mask_iou=0.999)
@@ -367,7 +367,7 @@ def test_a_failed_receipt_is_exit_code_10(
     assert names(checkpoint.parent) == {"best.safetensors"}
 
 
-def test_an_output_that_cannot_be_written_is_exit_code_6(
+def test_an_unwritable_output_exits_with_6(
     checkpoint: Path, known_graph: None, notes_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, message = failed(["export", str(checkpoint), "-o", str(notes_file / "x.onnx")], capsys)
@@ -375,7 +375,7 @@ def test_an_output_that_cannot_be_written_is_exit_code_6(
     assert str(notes_file / "x.onnx") in message
 
 
-def test_an_onnx_file_that_is_not_what_is_asked_for_is_wrong_usage_and_one_that_is_not_there_a_bad_file(
+def test_a_mismatched_onnx_file_is_a_usage_error_and_a_missing_one_a_model_error(
     checkpoint: Path, exported_half: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["export", str(checkpoint), "--format", "openvino", "--onnx"]

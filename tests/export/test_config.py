@@ -28,7 +28,7 @@ CONFIGS = [OnnxConfig, OpenVINOConfig, TensorRTConfig, TensorRTRTXConfig]
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, QuantizeConfig])
-def test_a_config_does_not_change(kind: type) -> None:
+def test_a_config_is_immutable(kind: type) -> None:
     config = kind()
     for field in dataclasses.fields(config):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -36,14 +36,14 @@ def test_a_config_does_not_change(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_knob_that_a_format_does_not_have_cannot_be_passed(kind: type) -> None:
+def test_a_setting_unknown_to_a_format_cannot_be_passed(kind: type) -> None:
     every = {field.name for other in CONFIGS for field in dataclasses.fields(other)} | {"opset", "workspace"}
     for knob in every - {field.name for field in dataclasses.fields(kind)}:
         with pytest.raises(TypeError, match=knob):
             kind(**{knob: None})
 
 
-def test_which_format_has_which_knobs_of_its_own() -> None:
+def test_each_format_has_its_specific_settings() -> None:
     common = {field.name for field in dataclasses.fields(ExportConfig)}
     own = {kind.__name__: {field.name for field in dataclasses.fields(kind)} - common for kind in CONFIGS}
     engine = {"onnx", "max_batch", "max_size"}
@@ -56,7 +56,7 @@ def test_which_format_has_which_knobs_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_knob_is_named(kind: type) -> None:
+def test_every_setting_has_a_description(kind: type) -> None:
     with pytest.raises(TypeError):
         kind(Path("out"))
 
@@ -99,7 +99,7 @@ def test_every_knob_is_named(kind: type) -> None:
         *(({"notes": {key: "mine"}}, f"notes: {key}: reserved") for key in sorted(RESERVED)),
     ],
 )
-def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(
+def test_invalid_values_are_usage_errors_that_name_setting_and_value(
     kind: type, knobs: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UsageError, match=told) as caught:
@@ -129,7 +129,7 @@ def test_what_makes_no_sense_is_wrong_usage_and_named_with_its_value(
         ({"judges": 1.5}, "validation photos of int8 is 1.5"),
     ],
 )
-def test_int8_is_asked_for_sensibly(knobs: dict[str, Any], told: str) -> None:
+def test_invalid_int8_settings_are_rejected(knobs: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         QuantizeConfig(**knobs)
 
@@ -148,19 +148,19 @@ def test_the_largest_batch_and_size_of_an_engine_are_checked(kind: type, knobs: 
 
 
 @pytest.mark.parametrize("odd", ["8", "sm_89", "8.9.1", "", "89"])
-def test_what_is_no_compute_capability_is_refused(odd: str) -> None:
+def test_an_invalid_compute_capability_is_rejected(odd: str) -> None:
     with pytest.raises(UsageError, match=f"'{odd}': a string such as 8.9"):
         TensorRTRTXConfig(compute_capabilities=("12.0", odd))
 
 
 @pytest.mark.parametrize("odd", [(8.9,), (None,)])
-def test_a_compute_capability_that_is_no_text_is_refused(odd: Any) -> None:
+def test_a_compute_capability_that_is_not_a_string_is_rejected(odd: Any) -> None:
     with pytest.raises(UsageError, match=f"compute capability {odd[0]}: a string such as 8.9"):
         TensorRTRTXConfig(compute_capabilities=odd)
 
 
 @pytest.mark.parametrize("odd", ["8.9", 8.9, None])
-def test_compute_capabilities_that_are_no_tuple_are_refused_whole(odd: Any) -> None:
+def test_compute_capabilities_that_are_not_a_tuple_are_rejected(odd: Any) -> None:
     with pytest.raises(UsageError, match=re.escape(f"compute_capabilities is {odd!r}; a tuple such as")):
         TensorRTRTXConfig(compute_capabilities=odd)
 
@@ -176,7 +176,7 @@ def test_a_timing_cache_is_a_path() -> None:
         TensorRTConfig(timing_cache="x")  # type: ignore[arg-type]
 
 
-def test_what_is_exported_from_the_package_is_there() -> None:
+def test_all_names_exported_by_the_package_exist() -> None:
     assert len(set(petseg_export.__all__)) == len(petseg_export.__all__)
     for name in petseg_export.__all__:
         assert getattr(petseg_export, name).__name__ == name

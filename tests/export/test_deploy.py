@@ -41,7 +41,7 @@ def deployed(model: AttentionUNet, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
-def test_the_deployed_network_is_normalisation_network_and_sigmoid(
+def test_the_deployed_network_includes_normalisation_and_sigmoid(
     seed: int, height: int, width: int, make: Make, random_images: Draw
 ) -> None:
     model, image = make(seed), random_images(3, height, width, seed)
@@ -52,14 +52,14 @@ def test_the_deployed_network_is_normalisation_network_and_sigmoid(
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_the_output_is_one_byte_for_each_pixel_whatever_the_batch(count: int, make: Make, random_images: Draw) -> None:
+def test_the_output_is_one_byte_per_pixel_for_any_batch(count: int, make: Make, random_images: Draw) -> None:
     got = deployed(make(0), random_images(count, 16, 32))
     assert got.dtype == np.uint8
     assert got.shape == (count, 16, 32)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (48, 16)])
-def test_so_it_is_for_the_edge_network(height: int, width: int, make: Make, random_images: Draw) -> None:
+def test_the_edge_network_is_deployed_correctly(height: int, width: int, make: Make, random_images: Draw) -> None:
     model = make(0, stem="strided", ungated=(1,), decoder_convs=1)
     image = random_images(3, height, width, 0)
     want, got = expected(model, image), deployed(model, image)
@@ -68,7 +68,7 @@ def test_so_it_is_for_the_edge_network(height: int, width: int, make: Make, rand
     assert (got == want).mean() > 0.99
 
 
-def test_an_image_gets_the_same_answer_alone_and_in_a_batch(make: Make, random_images: Draw) -> None:
+def test_an_image_gives_the_same_output_alone_and_in_a_batch(make: Make, random_images: Draw) -> None:
     model, image = make(1), random_images(5, 32, 32)
     alone = np.concatenate([deployed(model, image[i : i + 1]) for i in range(5)])
     together = deployed(model, image)
@@ -76,7 +76,7 @@ def test_an_image_gets_the_same_answer_alone_and_in_a_batch(make: Make, random_i
     assert (np.abs(together[0].astype(int) - together[1]) > 1).any(), "the images themselves differ"
 
 
-def test_the_extremes_of_probability_are_reached_and_do_not_wrap_around(make: Make, random_images: Draw) -> None:
+def test_probabilities_reach_0_and_255_without_wrapping(make: Make, random_images: Draw) -> None:
     model, image = make(2), random_images(1, 16, 16)
     nn.init.zeros_(model.head.weight)
     for bias, value in ((100.0, 255), (-100.0, 0)):
@@ -84,7 +84,7 @@ def test_the_extremes_of_probability_are_reached_and_do_not_wrap_around(make: Ma
         assert (deployed(model, image) == value).all()
 
 
-def test_the_input_stays_as_it_was(make: Make, random_images: Draw) -> None:
+def test_the_input_is_not_modified(make: Make, random_images: Draw) -> None:
     image = random_images(2, 16, 16)
     before = image.copy()
     deployed(make(0), image)
@@ -107,7 +107,7 @@ def test_folding_changes_no_logit_by_more_than_rounding(seed: int, make: Make, r
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-def test_folding_leaves_the_original_alone(make: Make, random_images: Draw) -> None:
+def test_folding_does_not_modify_the_original(make: Make, random_images: Draw) -> None:
     model = make(0).train()
     before = copy.deepcopy(model.state_dict())
     folded = fold_batchnorm(model)
@@ -115,7 +115,7 @@ def test_folding_leaves_the_original_alone(make: Make, random_images: Draw) -> N
         for parameter in folded.parameters():
             parameter.zero_()
     folded(by_hand(random_images(2, 16, 16)))
-    assert model.training, "its mode too"
+    assert model.training, "the training mode is unchanged, too"
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -129,7 +129,7 @@ def test_a_network_in_training_mode_is_deployed_in_evaluation_mode(make: Make, r
     assert not DeployedUNet(model).training
 
 
-def test_a_size_that_the_network_cannot_halve_four_times_is_refused(make: Make, random_images: Draw) -> None:
+def test_a_size_not_divisible_by_16_is_rejected(make: Make, random_images: Draw) -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         deployed(make(0), random_images(1, 24, 32))
 
@@ -137,7 +137,7 @@ def test_a_size_that_the_network_cannot_halve_four_times_is_refused(make: Make, 
 # ------------------------------------------------------------------------------------------------ float16
 
 
-def test_peaks_are_what_hooks_on_the_network_itself_see(make: Make, random_images: Draw) -> None:
+def test_peaks_match_those_seen_by_forward_hooks(make: Make, random_images: Draw) -> None:
     """Computed separately for one layer: its folded weights and bias, its inputs and outputs, over all photos."""
     model, image = make(4), random_images(3, 32, 32)
     peaks = activation_peaks(model, image)
@@ -153,14 +153,14 @@ def test_peaks_are_what_hooks_on_the_network_itself_see(make: Make, random_image
     assert peaks == {name: pytest.approx(max(each[name] for each in alone)) for name in convolutions}
 
 
-def test_without_photos_the_weights_alone_are_the_peaks(make: Make) -> None:
+def test_without_photos_the_peaks_are_those_of_the_weights(make: Make) -> None:
     model = make(4)
     folded = fold_batchnorm(model)
     peaks = activation_peaks(model, [])
     assert peaks["head"] == max(float(p.detach().abs().max()) for p in folded.head.parameters())
 
 
-def test_looking_for_peaks_leaves_the_network_alone(make: Make, random_images: Draw) -> None:
+def test_scanning_for_peaks_does_not_modify_the_network(make: Make, random_images: Draw) -> None:
     model = make(4).train()
     before = copy.deepcopy(model.state_dict())
     activation_peaks(model, random_images(1, 16, 16))
@@ -169,7 +169,7 @@ def test_looking_for_peaks_leaves_the_network_alone(make: Make, random_images: D
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_chosen_layers_are_float16_and_the_others_and_the_edges_float32(make: Make, random_images: Draw) -> None:
+def test_chosen_layers_are_float16_and_everything_else_float32(make: Make, random_images: Draw) -> None:
     model, image = make(5), random_images(2, 32, 32)
     names = list(activation_peaks(model, []))
     half = set(names) - {"down1.0", "up2.project", "up2.gate.psi.0"}
@@ -185,11 +185,11 @@ def test_the_chosen_layers_are_float16_and_the_others_and_the_edges_float32(make
     assert np.abs(got - want).max() > 0, "float16 does round"
 
 
-def test_no_chosen_layer_is_the_network_in_float32(make: Make) -> None:
+def test_without_chosen_layers_the_network_is_float32(make: Make) -> None:
     network = DeployedUNet(make(5))
     assert not any(isinstance(module, TypedConv) for module in network.modules())
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
-def test_the_limit_leaves_room_for_what_the_scan_did_not_see() -> None:
+def test_the_limit_leaves_a_margin_for_unseen_activations() -> None:
     assert torch.finfo(torch.float16).max / 16 < HALF_LIMIT < torch.finfo(torch.float16).max / 4

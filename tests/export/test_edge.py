@@ -86,7 +86,7 @@ def test_the_onnx_file_passes_in_both_engines(precision: str, edge: Path, oxford
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_graph_of_any_size_gives_what_the_network_gives(
+def test_a_dynamic_size_graph_matches_the_network(
     engine: str, edge: Path, oxford_root: Path, tmp_path: Path, random_images: Any
 ) -> None:
     """At a side of 16, the input of the last pooling is a single pixel, which OpenVINO rejects with ceil_mode."""
@@ -101,7 +101,7 @@ def test_a_graph_of_any_size_gives_what_the_network_gives(
             assert np.abs(loaded.run(batch).astype(int) - network(batch)).max() <= 1
 
 
-def test_a_pooling_over_one_pixel_or_more_is_rewritten_and_no_other(edge: Path) -> None:
+def test_only_poolings_of_possibly_one_pixel_are_rewritten(edge: Path) -> None:
     model, _ = load_model(edge)
     for spec, rounds in (
         (ModelSpec(name="x", height=32, width=32), 1),

@@ -73,17 +73,17 @@ def runs_like(file: Path, model: AttentionUNet, batch: np.ndarray, at_most: int 
 # ------------------------------------------------------------------------------------------------ the graph
 
 
-def test_onnx_itself_finds_the_file_valid(proto: onnx.ModelProto) -> None:
+def test_the_onnx_checker_accepts_the_file(proto: onnx.ModelProto) -> None:
     checker.check_model(proto, full_check=True)
 
 
-def test_the_graph_is_of_opset_20_and_of_onnx_alone(proto: onnx.ModelProto) -> None:
+def test_the_graph_uses_opset_20_and_standard_operators_only(proto: onnx.ModelProto) -> None:
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 20)]
     assert not proto.functions
     assert {node.domain for node in proto.graph.node} == {""}
 
 
-def test_the_graph_has_no_batchnorm_and_nothing_that_nothing_reads(proto: onnx.ModelProto) -> None:
+def test_the_graph_has_no_batchnorm_and_no_unused_tensors(proto: onnx.ModelProto) -> None:
     kinds = {node.op_type for node in proto.graph.node}
     assert "Conv" in kinds
     assert not kinds & {"BatchNormalization", "Identity", "Dropout", "Constant"}
@@ -93,7 +93,7 @@ def test_the_graph_has_no_batchnorm_and_nothing_that_nothing_reads(proto: onnx.M
         assert set(node.output) & read, f"{node.op_type} {node.name} is dead"
 
 
-def test_a_cast_is_the_very_first_and_the_very_last_node(proto: onnx.ModelProto) -> None:
+def test_the_first_and_last_nodes_are_casts(proto: onnx.ModelProto) -> None:
     nodes = list(proto.graph.node)
     assert [node for node in nodes if "image" in node.input] == [nodes[0]]
     assert [nodes[0].op_type, nodes[1].op_type] == ["Cast", "Transpose"]
@@ -101,7 +101,7 @@ def test_a_cast_is_the_very_first_and_the_very_last_node(proto: onnx.ModelProto)
     assert list(nodes[-1].output) == ["probability"]
 
 
-def test_no_path_of_this_machine_is_anywhere_in_the_file(variant: Any, checkpoint_file: Path) -> None:
+def test_the_file_contains_no_local_path(variant: Any, checkpoint_file: Path) -> None:
     data = variant.file.read_bytes()
     for path in (REPOSITORY, Path.home(), Path(sys.prefix), Path(torch.__file__).parent, checkpoint_file.parent):
         if len(path.parts) > 2:  # "/" or "/root" could occur in the weights by chance
@@ -113,13 +113,13 @@ def test_no_path_of_this_machine_is_anywhere_in_the_file(variant: Any, checkpoin
     assert b".py" not in proto.SerializeToString()
 
 
-def test_all_arithmetic_of_fp32_is_in_float32(exported: Any) -> None:
+def test_fp32_computes_only_in_float32(exported: Any) -> None:
     kinds = set(stored(onnx.load(exported.file)).values())
     assert TensorProto.FLOAT in kinds
     assert not kinds & {TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
-def test_fp16_has_float16_between_and_float32_at_the_edges(exported_half: Any) -> None:
+def test_fp16_computes_in_float16_with_float32_at_both_ends(exported_half: Any) -> None:
     proto = onnx.load(exported_half.file)
     kinds = stored(proto)
     weights = {name: kind for name, kind in kinds.items() if name.startswith("network.")}
@@ -139,17 +139,17 @@ def test_fp16_has_float16_between_and_float32_at_the_edges(exported_half: Any) -
     assert [node.op_type for node in first] == ["Mul", "Add"], "the normalisation"
     assert {inferred[node.output[0]] for node in (*first, last)} == {TensorProto.FLOAT}
     casts = [node for node in nodes if node.op_type == "Cast"]
-    assert len(casts) == 4, "in, to half, from half, out: none between the layers"
+    assert len(casts) == 4, "input, to float16, from float16, output; none between layers"
 
 
-def test_fp16_takes_half_the_room(exported: Any, exported_half: Any) -> None:
+def test_fp16_halves_the_file_size(exported: Any, exported_half: Any) -> None:
     assert exported_half.file.stat().st_size < 0.6 * exported.file.stat().st_size
 
 
 # ------------------------------------------------------------------------------------------------ batch and size
 
 
-def test_by_default_height_and_width_are_fixed_and_the_batch_is_free(exported: Any) -> None:
+def test_by_default_the_size_is_fixed_and_the_batch_dynamic(exported: Any) -> None:
     graph = onnx.load(exported.file).graph
     batch, *rest = shape(graph.input[0])
     assert isinstance(batch, str)
@@ -159,7 +159,7 @@ def test_by_default_height_and_width_are_fixed_and_the_batch_is_free(exported: A
 
 @pytest.mark.parametrize("name", ["exported", "exported_half"])
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_file_does_what_the_network_does_at_any_batch(
+def test_the_file_matches_the_network_at_any_batch_size(
     name: str, count: int, trained: Any, random_images: Any, request: pytest.FixtureRequest
 ) -> None:
     file = request.getfixturevalue(name).file
@@ -168,13 +168,13 @@ def test_the_file_does_what_the_network_does_at_any_batch(
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (32, 32), (64, 32), (80, 112)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_one_file_for_any_size_and_batch(
+def test_one_file_runs_at_any_size_and_batch(
     size: tuple[int, int], count: int, exported_any: Any, trained: Any, random_images: Any
 ) -> None:
     runs_like(exported_any.file, trained.model, random_images(count, *size))
 
 
-def test_a_file_for_any_size_says_so_and_was_proven_at_one(exported_any: Any, photos: list[Path]) -> None:
+def test_a_dynamic_size_file_says_so_and_was_tested_at_one_size(exported_any: Any, photos: list[Path]) -> None:
     artifact = open_artifact(exported_any.file)
     assert artifact.spec.dynamic_size
     assert (artifact.spec.height, artifact.spec.width, artifact.spec.batch) == (32, 32, 0)
@@ -183,9 +183,7 @@ def test_a_file_for_any_size_says_so_and_was_proven_at_one(exported_any: Any, ph
     assert [isinstance(size, str) for size in sizes] == [True, True, True, False]
 
 
-def test_a_size_that_is_no_multiple_of_16_is_refused_by_a_file_for_any_size(
-    exported_any: Any, random_images: Any
-) -> None:
+def test_a_dynamic_size_file_rejects_sizes_not_divisible_by_16(exported_any: Any, random_images: Any) -> None:
     with (
         load_engine(open_artifact(exported_any.file), threads=1) as engine,
         pytest.raises(UsageError, match="multiple of 16"),
@@ -193,7 +191,7 @@ def test_a_size_that_is_no_multiple_of_16_is_refused_by_a_file_for_any_size(
         engine.run(random_images(1, 40, 32))
 
 
-def test_a_size_and_batch_of_ones_own(
+def test_a_custom_size_and_batch_can_be_exported(
     checkpoint_file: Path, trained: Any, oxford_root: Path, random_images: Any, tmp_path: Path
 ) -> None:
     """The graph has a fixed batch of three; the runtime runs any number of photos in it."""
@@ -212,7 +210,7 @@ def test_a_size_and_batch_of_ones_own(
 
 
 @pytest.mark.parametrize("free", [False, True])
-def test_a_graph_for_three_photos_is_scanned_a_photo_at_a_time(
+def test_a_fixed_batch_graph_is_scanned_one_photo_at_a_time(
     trained: Any, random_images: Any, monkeypatch: pytest.MonkeyPatch, free: bool
 ) -> None:
     """Scanning a full batch of copies would multiply the memory of all activations."""
@@ -234,7 +232,7 @@ def test_a_graph_for_three_photos_is_scanned_a_photo_at_a_time(
     assert found[0] == {**found[1], "largest": pytest.approx(found[1]["largest"], rel=1e-5)}
 
 
-def test_a_free_size_from_16_by_16_on(
+def test_a_dynamic_size_starts_at_16_by_16(
     checkpoint_file: Path, trained: Any, oxford_root: Path, random_images: Any, tmp_path: Path
 ) -> None:
     """At 16 the deepest level is one pixel, which the tracer would specialize to a constant."""
@@ -277,7 +275,7 @@ def large(trained: Any, meta: dict[str, Any], tmp_path_factory: pytest.TempPathF
     return path
 
 
-def test_layers_that_float16_cannot_hold_stay_in_float32(
+def test_layers_that_overflow_float16_stay_in_float32(
     large: Path, trained: Any, oxford_root: Path, tmp_path: Path, photos: list[Path]
 ) -> None:
     file = tmp_path / "large.onnx"
@@ -304,7 +302,7 @@ def test_layers_that_float16_cannot_hold_stay_in_float32(
     assert np.percentile(np.abs(half.numpy().astype(int) - want), 99) <= 4
 
 
-def test_without_that_choice_the_overflow_is_found_and_named(
+def test_overflow_in_a_pure_float16_graph_is_detected_and_named(
     large: Path, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if the engine here has no overflow: a device that computes in float16 would have one."""
@@ -315,7 +313,7 @@ def test_without_that_choice_the_overflow_is_found_and_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_scan_looks_at_every_activation(exported: Any, random_images: Any) -> None:
+def test_a_scan_checks_every_activation(exported: Any, random_images: Any) -> None:
     data = exported.file.read_bytes()
     found = scan(data, list(random_images(2, 32, 32)))
     floats = [node for node in onnx.load_from_string(data).graph.node if node.op_type not in ("Cast", "Squeeze")]
@@ -326,7 +324,7 @@ def test_a_scan_looks_at_every_activation(exported: Any, random_images: Any) -> 
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_scan_names_what_is_not_finite(exported: Any, random_images: Any, value: float) -> None:
+def test_a_scan_names_nonfinite_activations(exported: Any, random_images: Any, value: float) -> None:
     """The uint8 output cannot show it."""
     proto = onnx.load(exported.file)
     for tensor in proto.graph.initializer:
@@ -338,10 +336,10 @@ def test_a_scan_names_what_is_not_finite(exported: Any, random_images: Any, valu
     assert found["non_finite"][0] == behind.output[0]
 
 
-# ------------------------------------------------------------------------------------------------ what it says
+# ---------------------------------------------------------------------------------------------------- metadata
 
 
-def test_the_file_opens_and_says_what_the_checkpoint_said(exported: Any, meta: dict[str, Any]) -> None:
+def test_the_file_opens_with_the_checkpoints_specification(exported: Any, meta: dict[str, Any]) -> None:
     artifact = open_artifact(exported.file)
     spec = json.loads(artifact.spec.to_json())
     assert spec == {**spec, **meta["spec"], "precision": "fp32", "batch": 0, "dynamic_size": False}
@@ -355,7 +353,7 @@ def test_the_file_opens_and_says_what_the_checkpoint_said(exported: Any, meta: d
     + [(said, 0.3, 0.3) for said in ({}, {"certain_share": None}, {"certain_share": 0.4})],
     ids=str,
 )
-def test_the_rule_of_pets_is_the_checkpoints_or_the_one_that_is_asked_for(
+def test_the_found_rule_comes_from_the_checkpoint_or_the_option(
     meta: dict[str, Any], said: dict[str, Any], asked: float | None, written: float | None
 ) -> None:
     """A checkpoint older than the option keeps the rule that all had then."""
@@ -363,7 +361,7 @@ def test_the_rule_of_pets_is_the_checkpoints_or_the_one_that_is_asked_for(
     assert spec_of(loaded, OnnxConfig(certain_share=asked)).certain_share == written
 
 
-def test_fp16_says_so_and_is_judged_as_such(exported_half: Any) -> None:
+def test_fp16_is_declared_and_tested_with_fp16_tolerances(exported_half: Any) -> None:
     artifact = open_artifact(exported_half.file)
     assert artifact.spec.precision == artifact.receipt["stored"] == "fp16"
     (row,) = artifact.receipt["rows"]
@@ -372,7 +370,7 @@ def test_fp16_says_so_and_is_judged_as_such(exported_half: Any) -> None:
     assert row["max_difference"] > 0
 
 
-def test_the_provenance_leads_back_to_the_checkpoint(variant: Any, checkpoint_file: Path, meta: dict[str, Any]) -> None:
+def test_the_provenance_identifies_the_checkpoint(variant: Any, checkpoint_file: Path, meta: dict[str, Any]) -> None:
     provenance = open_artifact(variant.file).provenance
     assert provenance["schema_version"] == 1
     assert provenance["checkpoint"] == checkpoint_file.name
@@ -385,7 +383,7 @@ def test_the_provenance_leads_back_to_the_checkpoint(variant: Any, checkpoint_fi
     assert provenance["versions"] == versions
 
 
-def test_the_receipt_in_the_file_is_the_one_that_was_returned(variant: Any, photos: list[Path]) -> None:
+def test_the_receipt_in_the_file_equals_the_returned_one(variant: Any, photos: list[Path]) -> None:
     assert variant.receipt.passed
     assert variant.receipt.kind == "full"
     assert variant.receipt.photos == len(photos)
@@ -395,11 +393,11 @@ def test_the_receipt_in_the_file_is_the_one_that_was_returned(variant: Any, phot
     assert artifact.receipt["spec"] == json.loads(artifact.spec.to_json())
 
 
-def test_the_file_carries_nothing_but_the_three_entries(variant: Any) -> None:
+def test_the_files_metadata_has_exactly_three_entries(variant: Any) -> None:
     assert set(open_artifact(variant.file).onnx.metadata) == {SPEC_KEY, PROVENANCE_KEY, RECEIPT_KEY}
 
 
-def test_notes_leave_the_graph_and_the_identity_alone(
+def test_notes_do_not_change_graph_or_identity(
     exported: Any, checkpoint_file: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
     """`test_cli` shows that tracing again, in another process, gives the same bytes."""
@@ -423,7 +421,7 @@ def test_notes_leave_the_graph_and_the_identity_alone(
         {"height": 32, "width": 32, "threshold": "0.5"},
     ],
 )
-def test_a_checkpoint_whose_spec_is_damaged_is_refused(meta: dict[str, Any], spec: Any) -> None:
+def test_a_checkpoint_with_a_damaged_spec_is_rejected(meta: dict[str, Any], spec: Any) -> None:
     with pytest.raises(CheckpointError, match=r"specification is damaged|no input size"):
         spec_of(Checkpoint({}, {**meta, "spec": spec}, "0" * 64), OnnxConfig())
 
@@ -431,9 +429,7 @@ def test_a_checkpoint_whose_spec_is_damaged_is_refused(meta: dict[str, Any], spe
 @pytest.mark.parametrize(
     "damaged", [{"validation": 5}, {"validation": {"val_iou": "high"}}, {"versions": 5}, {"model": 5}]
 )
-def test_a_checkpoint_that_tells_nonsense_of_its_training_is_refused(
-    meta: dict[str, Any], damaged: dict[str, Any]
-) -> None:
+def test_a_checkpoint_with_invalid_training_metadata_is_rejected(meta: dict[str, Any], damaged: dict[str, Any]) -> None:
     loaded = Checkpoint({}, {**meta, **damaged}, "0" * 64)
     with pytest.raises(CheckpointError, match=r"damaged|does not describe its network"):
         provenance_of("odd.safetensors", loaded, OnnxConfig())

@@ -61,11 +61,11 @@ def names(folder: Path) -> set[str]:
 # ------------------------------------------------------------------------------------------------ the files
 
 
-def test_an_ir_is_four_files_and_the_onnx_on_the_way_is_none_of_them(variant: Any) -> None:
+def test_an_ir_is_four_files_without_the_intermediate_onnx(variant: Any) -> None:
     assert names(variant.file.parent) == PARTS
 
 
-def test_it_opens_and_says_what_the_checkpoint_said(variant: Any, exported: Any, meta: dict[str, Any]) -> None:
+def test_the_ir_opens_with_the_checkpoints_specification(variant: Any, exported: Any, meta: dict[str, Any]) -> None:
     artifact = open_artifact(variant.file)
     precision = "fp32" if artifact.spec.precision == "fp32" else "fp16"
     spec = json.loads(artifact.spec.to_json())
@@ -73,7 +73,7 @@ def test_it_opens_and_says_what_the_checkpoint_said(variant: Any, exported: Any,
     assert artifact.format == "openvino"
     assert artifact.onnx is None
     assert artifact.provenance == open_artifact(exported.file).provenance
-    assert artifact.identity == open_artifact(exported.file).identity, "that of its ONNX file"
+    assert artifact.identity == open_artifact(exported.file).identity, "the identity is that of the ONNX file"
     assert artifact.receipt == json.loads(json.dumps(variant.receipt.as_dict(), allow_nan=False))
     assert artifact.size == sum((variant.file.with_suffix(suffix)).stat().st_size for suffix in (".xml", ".bin"))
     assert artifact.environment["library"] == "openvino"
@@ -94,7 +94,7 @@ def test_the_precision_is_that_of_the_stored_weights(exported_ir: Any, exported_
     assert sizes[1] < 0.55 * sizes[0]
 
 
-def test_no_path_of_this_machine_is_in_any_of_its_files(variant: Any, checkpoint_file: Path) -> None:
+def test_no_file_of_the_ir_contains_a_local_path(variant: Any, checkpoint_file: Path) -> None:
     for name in PARTS:
         data = variant.file.with_name(name).read_bytes()
         for path in (Path(sys.prefix), Path.home(), Path(torch.__file__).parent, checkpoint_file.parent):
@@ -104,10 +104,10 @@ def test_no_path_of_this_machine_is_in_any_of_its_files(variant: Any, checkpoint
         assert str(variant.file.parent).encode() not in data
 
 
-# ------------------------------------------------------------------------------------------------ what it computes
+# ---------------------------------------------------------------------------------------------------------- output
 
 
-def test_the_receipt_has_a_row_in_float32_and_one_of_the_cpus_own_choice(variant: Any) -> None:
+def test_the_receipt_has_a_float32_row_and_a_default_precision_row(variant: Any) -> None:
     rows = variant.receipt.rows
     assert rows[0].precision == "f32"
     with load_engine(open_artifact(variant.file)) as engine:
@@ -120,7 +120,9 @@ def test_the_receipt_has_a_row_in_float32_and_one_of_the_cpus_own_choice(variant
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_it_does_what_the_network_does_at_any_batch(variant: Any, trained: Any, random_images: Any, count: int) -> None:
+def test_the_ir_matches_the_network_at_any_batch_size(
+    variant: Any, trained: Any, random_images: Any, count: int
+) -> None:
     batch = random_images(count, 32, 32, count)
     with load_engine(open_artifact(variant.file), threads=1, exact=True) as engine:
         got = engine.run(batch)
@@ -130,7 +132,7 @@ def test_it_does_what_the_network_does_at_any_batch(variant: Any, trained: Any, 
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 64), (48, 80)])
-def test_an_ir_of_any_size(
+def test_an_ir_with_dynamic_size_can_be_exported(
     size: tuple[int, int], checkpoint_file: Path, exported_any: Any, trained: Any, random_images: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "any.xml"
@@ -140,7 +142,7 @@ def test_an_ir_of_any_size(
         assert np.abs(engine.run(batch).astype(int) - torch_run(trained.model)(batch)).max() <= 1
 
 
-def test_a_layer_that_float16_cannot_store_is_no_silent_infinity(
+def test_weights_beyond_float16_never_become_infinity_silently(
     trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path
 ) -> None:
     """Either the compiler leaves such weights in float32, or the parity test fails: a written file is correct."""
@@ -166,11 +168,11 @@ def _too_large(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-# ------------------------------------------------------------------------------------------------ from a file
+# ------------------------------------------------------------------------------------- from a given ONNX file
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_onnx_file_is_compiled_as_it_is(
+def test_a_given_onnx_file_is_compiled_unchanged(
     precision: str, checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
     """Both from the fp32 file, because fp16 is only how an IR stores weights. Nothing is traced again."""
@@ -186,7 +188,7 @@ def test_an_onnx_file_is_compiled_as_it_is(
     assert names(tmp_path) == {"out.xml", "out.bin", "out.xml.json", "out.xml.parity.npz"}
 
 
-def test_a_file_in_fp16_is_compiled_too(
+def test_a_given_fp16_onnx_file_is_compiled(
     checkpoint_file: Path, exported_half: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
     config = OpenVINOConfig(
@@ -195,7 +197,7 @@ def test_a_file_in_fp16_is_compiled_too(
     assert export(checkpoint_file, config).receipt.stored == "fp16"
 
 
-def test_the_ir_keeps_what_the_onnx_file_says_of_itself(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
+def test_the_ir_keeps_the_onnx_files_metadata(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
     noted = tmp_path / "noted.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("petseg_export.build.graph_bytes", lambda deployed, spec: exported.file.read_bytes())
@@ -217,7 +219,7 @@ def test_the_ir_keeps_what_the_onnx_file_says_of_itself(checkpoint_file: Path, e
         ({"notes": {"measured": 1}}, "notes {'measured': 1} does not apply"),
     ],
 )
-def test_what_an_onnx_file_does_not_have_is_not_asked_of_it_silently(
+def test_settings_that_contradict_the_onnx_file_are_rejected(
     asked: dict[str, Any], told: str, checkpoint_file: Path, exported: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"small\.onnx: the file is compiled unchanged") as caught:
@@ -226,7 +228,7 @@ def test_what_an_onnx_file_does_not_have_is_not_asked_of_it_silently(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_it_has_may_be_asked_for(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
+def test_settings_that_match_the_onnx_file_are_accepted(checkpoint_file: Path, exported: Any, tmp_path: Path) -> None:
     config = OpenVINOConfig(output=tmp_path / "out.xml", onnx=exported.file, height=32, width=32, photos=1)
     assert export(checkpoint_file, config).receipt.passed
 
@@ -242,21 +244,21 @@ def refused(
     return str(caught.value)
 
 
-def test_a_file_of_another_checkpoint_is_refused(
+def test_an_onnx_file_of_another_checkpoint_is_rejected(
     trained: Any, meta: dict[str, Any], exported: Any, tmp_path: Path
 ) -> None:
     save_checkpoint(tmp_path / "other.safetensors", trained.earlier.state_dict(), meta)
     assert "another checkpoint" in refused(tmp_path / "other.safetensors", tmp_path, exported.file)
 
 
-def test_a_file_of_another_precision_is_refused(
+def test_an_onnx_file_of_another_precision_is_rejected(
     checkpoint_file: Path, exported: Any, exported_half: Any, tmp_path: Path
 ) -> None:
     assert "the file is fp16, not fp32" in refused(checkpoint_file, tmp_path, exported_half.file, error=UsageError)
     assert "the file is fp32, not int8" in refused(checkpoint_file, tmp_path, exported.file, "int8", UsageError)
 
 
-def test_what_is_no_onnx_file_of_petseg_is_refused(
+def test_a_foreign_onnx_file_is_rejected(
     checkpoint_file: Path, exported: Any, exported_ir: Any, tmp_path: Path
 ) -> None:
     data = exported.file.read_bytes()
@@ -271,7 +273,7 @@ def test_what_is_no_onnx_file_of_petseg_is_refused(
     refused(checkpoint_file, tmp_path, checkpoint_file)
 
 
-def test_a_file_whose_weights_were_changed_behind_its_back_fails(
+def test_an_onnx_file_with_modified_weights_fails(
     checkpoint_file: Path, exported: Any, oxford_root: Path, tmp_path: Path
 ) -> None:
     """It still names this checkpoint, and has a new receipt.
@@ -293,7 +295,7 @@ def test_a_file_whose_weights_were_changed_behind_its_back_fails(
     assert names(tmp_path) == {"changed.onnx"}
 
 
-def test_a_compiler_that_cannot_read_the_graph_says_so(
+def test_a_graph_that_openvino_cannot_read_is_an_error(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreadable(self: Any, path: Any) -> Any:
@@ -305,7 +307,7 @@ def test_a_compiler_that_cannot_read_the_graph_says_so(
 
 
 @pytest.mark.parametrize("room", [0, 50_000, 300_000])
-def test_a_disk_that_is_full_while_openvino_writes(
+def test_a_disk_full_while_openvino_writes_is_an_output_error(
     room: int, checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenVINO's C++ code writes the files, and fails with another exception."""
@@ -328,9 +330,7 @@ def test_a_disk_that_is_full_while_openvino_writes(
 # ------------------------------------------------------------------------------------------------ on the device
 
 
-def test_verify_on_the_device_accepts_it_and_leaves_its_result(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_accepts_the_ir_and_saves_the_result(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(copied)]) == 0
     out, err = capsys.readouterr()
     assert not err
@@ -342,7 +342,7 @@ def test_verify_on_the_device_accepts_it_and_leaves_its_result(
     assert open_artifact(copied).receipt["passed"] is True, "the file's receipt has not changed"
 
 
-def test_verify_without_torch_and_onnx(copied: Path) -> None:
+def test_verify_runs_without_torch_and_onnx(copied: Path) -> None:
     program = (
         "import sys; from petseg.cli import run; code = run(sys.argv[1:]);"
         "assert not {'torch', 'onnx', 'petseg_export'} & set(sys.modules), 'heavy'; sys.exit(code)"
@@ -388,7 +388,7 @@ def of_another_model(file: Path) -> None:
     ],
     ids=["weights", "xml", "no bin", "no sidecar", "sidecar", "format", "spec", "no proof", "proof", "foreign proof"],
 )
-def test_verify_refuses_what_does_not_belong_together(
+def test_verify_rejects_mismatched_files(
     tamper: Callable[[Path], Any], told: str, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tamper(copied)
@@ -400,7 +400,7 @@ def test_verify_refuses_what_does_not_belong_together(
     assert names(copied.parent) == before
 
 
-def test_verify_finds_weights_that_were_changed_with_their_digest(
+def test_verify_detects_weights_changed_together_with_their_digest(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Digests do not protect against someone who recomputes them; the photos do."""
@@ -412,7 +412,7 @@ def test_verify_finds_weights_that_were_changed_with_their_digest(
     assert json.loads(verified_of(copied).read_text())["passed"] is False
 
 
-def test_verify_finds_answers_that_are_not_the_files(copied: Path) -> None:
+def test_verify_detects_a_tampered_parity_record(copied: Path) -> None:
     artifact = open_artifact(copied)
     proof: Proof = load_proof(proof_of(copied), artifact.spec, artifact.provenance["checkpoint_sha256"])
     moved = dataclasses.replace(proof, expected=np.roll(proof.expected, 1, axis=2))

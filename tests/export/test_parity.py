@@ -45,15 +45,15 @@ def names(chosen: list[Any]) -> list[str]:
     return [photo.name for photo in chosen]
 
 
-# ------------------------------------------------------------------------------------------------ which photos
+# -------------------------------------------------------------------------------------------- choice of photos
 
 
-def test_without_data_the_samples_that_ship_are_taken() -> None:
+def test_without_data_the_bundled_samples_are_used() -> None:
     assert parity.choose(None, "val", 200, 0, checkpoint_of()) == sample_photos()
     assert parity.choose(None, "val", 2, 0, checkpoint_of()) == sample_photos()[:2]
 
 
-def test_a_choice_of_photos_is_the_same_for_the_same_seed(photos: list[Path]) -> None:
+def test_the_photo_selection_is_deterministic_for_a_seed(photos: list[Path]) -> None:
     folder = photos[0].parent
     chosen = parity.choose(folder, "val", 5, 0, checkpoint_of())
     assert len(set(chosen)) == 5
@@ -65,7 +65,7 @@ def test_a_choice_of_photos_is_the_same_for_the_same_seed(photos: list[Path]) ->
 
 
 @pytest.mark.parametrize(("fraction", "seed"), [(0.25, 0), (0.25, 3), (0.5, 3)])
-def test_the_validation_part_is_the_one_of_the_checkpoints_own_training(
+def test_the_validation_split_is_that_of_the_checkpoints_training(
     oxford_root: Path, fraction: float, seed: int
 ) -> None:
     loaded = checkpoint_of(val_fraction=fraction, split_seed=seed)
@@ -77,23 +77,23 @@ def test_the_validation_part_is_the_one_of_the_checkpoints_own_training(
     assert len(parts[Split.VAL]) == 24 * fraction
 
 
-def test_two_trainings_have_validation_parts_of_their_own(oxford_root: Path) -> None:
+def test_two_trainings_have_different_validation_splits(oxford_root: Path) -> None:
     parts = [names(parity.labelled(oxford_root, "val", checkpoint_of(val_fraction=0.5, split_seed=s))) for s in (0, 1)]
     assert parts[0] != parts[1]
 
 
-def test_a_checkpoint_without_a_training_config_has_the_parts_of_the_defaults(oxford_root: Path) -> None:
+def test_a_checkpoint_without_training_config_uses_the_default_split(oxford_root: Path) -> None:
     want = names(find(oxford_root, Split.VAL))
     assert names(parity.labelled(oxford_root, "val", Checkpoint({}, {}, ""))) == want
 
 
 @pytest.mark.parametrize("data", [5, "pets", {"val_fraction": "many"}, {"val_fraction": None}, {"split_seed": [1]}])
-def test_a_training_config_that_makes_no_sense_is_not_guessed_at(oxford_root: Path, data: Any) -> None:
+def test_an_invalid_training_config_is_an_error(oxford_root: Path, data: Any) -> None:
     with pytest.raises(CheckpointError, match="training config is damaged"):
         parity.labelled(oxford_root, "val", checkpoint_of(data))
 
 
-def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(folder_copy: Path) -> None:
+def test_photos_held_out_by_a_since_deleted_listing_stay_held_out(folder_copy: Path) -> None:
     """Otherwise int8 would be tuned, and the export tested, on photos that the checkpoint was trained on."""
     held = ["own_01", "own_07"]
     (folder_copy / "val.txt").write_text("\n".join(held))
@@ -110,7 +110,7 @@ def test_photos_that_a_listing_chose_are_held_back_though_the_listing_is_gone(fo
     assert names(parity.labelled(folder_copy, "val", loaded)) == ["own_02"]
 
 
-def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) -> None:
+def test_val_that_may_contain_training_photos_is_flagged(folder_copy: Path) -> None:
     """For example after photos were added, so that the same share and seed choose others."""
     parts = (find(folder_copy, part, val_fraction=0.25, seed=3) for part in (Split.TRAIN, Split.VAL))
     train, val = parts
@@ -129,7 +129,7 @@ def test_val_that_may_hold_photos_of_the_training_is_doubted(folder_copy: Path) 
     assert "val, as val.txt lists it, is not what" in (parity.overlap_warning(folder_copy, "val", loaded) or "")
 
 
-def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy: Path) -> None:
+def test_val_of_a_folder_without_training_photos_is_checked(folder_copy: Path) -> None:
     """A folder that is only for measuring."""
     every = find(folder_copy, Split.TRAINVAL)
     (folder_copy / "val.txt").write_text("\n".join(names(every)))
@@ -145,19 +145,19 @@ def test_a_folder_without_a_part_to_train_on_is_judged_by_the_other(folder_copy:
         parity.overlap_warning(folder_copy, "train", loaded)
 
 
-def test_another_folder_is_split_as_any_other_though_names_are_the_same(folder_root: Path) -> None:
+def test_another_folder_with_the_same_names_gets_its_regular_split(folder_root: Path) -> None:
     data = {"val_names": ["own_01", "own_07"], "names_sha256": "0" * 64, "skipped_without_pet": []}
     loaded = Checkpoint({}, {"data": data}, "")
     assert names(parity.labelled(folder_root, "val", loaded)) == names(find(folder_root, Split.VAL))
 
 
-def test_a_folder_of_ones_own_with_masks_is_labelled_too(folder_root: Path) -> None:
+def test_a_custom_folder_with_masks_is_labelled(folder_root: Path) -> None:
     chosen = parity.choose(folder_root, "test", 200, 0, checkpoint_of())
     assert names(chosen) == ["own_09", "own_10", "own_11"]
     assert parity.read(chosen, SPEC).labels is not None
 
 
-def test_the_folder_into_which_torchvision_downloads_is_labelled(oxford_root: Path, tmp_path: Path) -> None:
+def test_torchvisions_download_folder_is_labelled(oxford_root: Path, tmp_path: Path) -> None:
     """Otherwise its trimaps would count as photos."""
     shutil.copytree(oxford_root, tmp_path / "oxford-iiit-pet")
     chosen = parity.choose(tmp_path, "test", 200, 0, checkpoint_of())
@@ -166,7 +166,7 @@ def test_the_folder_into_which_torchvision_downloads_is_labelled(oxford_root: Pa
 
 
 @pytest.mark.parametrize("place", ["nowhere", "file", "empty", "images_alone"])
-def test_data_without_photos_is_refused_by_name(tmp_path: Path, place: str) -> None:
+def test_data_without_photos_is_an_error_naming_the_folder(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "empty").mkdir()
     (tmp_path / "images_alone" / "images").mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_data_without_photos_is_refused_by_name(tmp_path: Path, place: str) -> N
 # ------------------------------------------------------------------------------------------------ photos and labels
 
 
-def test_photos_are_read_at_the_size_of_the_spec_and_in_order(tmp_path: Path) -> None:
+def test_photos_are_read_in_order_at_the_specs_size(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     paths = []
     for i, (height, width) in enumerate([(37, 61), (32, 48), (90, 20)]):
@@ -192,7 +192,7 @@ def test_photos_are_read_at_the_size_of_the_spec_and_in_order(tmp_path: Path) ->
         assert (image == images.to_model(np.asarray(Image.open(path)), 32, 48)).all()
 
 
-def test_photos_are_told_apart_by_their_pixels_and_not_by_their_names() -> None:
+def test_photos_are_identified_by_pixels_not_names() -> None:
     pixels = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
     some = parity.Photos(("a", "b"), pixels[:2], None)
     assert some.among(parity.Photos(("a", "b"), pixels[1:], None)) == 1
@@ -200,7 +200,7 @@ def test_photos_are_told_apart_by_their_pixels_and_not_by_their_names() -> None:
     assert some.among(parity.Photos(("a",), pixels[2:], None)) == 0
 
 
-def test_labels_are_kept_at_their_own_size(oxford_root: Path) -> None:
+def test_labels_keep_their_original_size(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TEST)
     read = parity.read(pairs, SPEC)
     assert read.labels is not None
@@ -209,7 +209,7 @@ def test_labels_are_kept_at_their_own_size(oxford_root: Path) -> None:
         assert (trimap == read_trimap(pair)).all()
 
 
-def test_a_photo_that_cannot_be_read_is_no_proof(photos: list[Path], tmp_path: Path) -> None:
+def test_an_unreadable_photo_is_an_error_in_the_parity_test(photos: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 not a photo")
     with pytest.raises(UnreadableImage, match=r"broken\.jpg"):
@@ -218,7 +218,7 @@ def test_a_photo_that_cannot_be_read_is_no_proof(photos: list[Path], tmp_path: P
         parity.read([Pair("broken", broken, broken, Layout.FOLDER)], SPEC)
 
 
-def test_the_reference_is_what_the_network_says_in_pytorch(trained: Any, photos: list[Path]) -> None:
+def test_the_reference_is_the_pytorch_output(trained: Any, photos: list[Path]) -> None:
     read = parity.read(photos[:5], SPEC)
     told: list[int] = []
     proof = parity.prove(trained.model, checkpoint_of(), read, told.append)
@@ -230,7 +230,7 @@ def test_the_reference_is_what_the_network_says_in_pytorch(trained: Any, photos:
     assert told == [1, 2, 3, 4, 5]
 
 
-def test_iou_on_the_labels_is_the_one_that_petseg_evaluate_reports(trained: Any, oxford_root: Path) -> None:
+def test_iou_on_labels_matches_petseg_evaluate(trained: Any, oxford_root: Path) -> None:
     """Photos of 64 x 64 evaluated at that size, from outputs of 32 x 48; the border counts as background."""
     pairs = find(oxford_root, Split.TRAINVAL)
     read = parity.read(pairs, SPEC)
@@ -245,7 +245,7 @@ def test_iou_on_the_labels_is_the_one_that_petseg_evaluate_reports(trained: Any,
     assert task["loss"] == pytest.approx(100 * (want[run] - want[other]), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ the gate, attacked
+# --------------------------------------------------------------------------------------------- wrong files must fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +366,7 @@ def _stuck(run: Run) -> Run:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_the_real_file_passes_and_its_output_is_not_flat(gate: Gate, precision: str) -> None:
+def test_the_real_file_passes_and_its_output_is_not_constant(gate: Gate, precision: str) -> None:
     """The control for the mutations below."""
     seen: list[np.ndarray] = []
 
@@ -386,9 +386,7 @@ def test_the_real_file_passes_and_its_output_is_not_flat(gate: Gate, precision: 
     ("mutation", "precision"),
     [(m, p) for m in MUTATIONS for p in TOLERANCES if not (p == "int8" and m in PASSES_AS_INT8)],
 )
-def test_a_file_that_is_not_the_checkpoints_network_fails(
-    mutation: str, precision: str, trained: Any, gate: Gate
-) -> None:
+def test_a_file_of_another_network_fails(mutation: str, precision: str, trained: Any, gate: Gate) -> None:
     row = gate.row(MUTATIONS[mutation](trained, gate.run), precision)
     assert not row.passed
     with pytest.raises(ParityTolerance, match="FAILED"):
@@ -399,7 +397,7 @@ def test_a_file_that_is_not_the_checkpoints_network_fails(
 @pytest.mark.parametrize(
     ("shift", "axis", "back"), [(1, 1, "-1,0"), (-1, 1, "1,0"), (1, 2, "0,-1"), (-1, 2, "0,1")], ids=str
 )
-def test_a_shifted_mask_is_called_that_in_every_precision(
+def test_a_shifted_mask_is_identified_in_every_precision(
     gate: Gate, precision: str, shift: int, axis: int, back: str
 ) -> None:
     row = gate.row(lambda batch: np.roll(gate.run(batch), shift, axis=axis), precision)
@@ -415,7 +413,7 @@ EXPORTER_BUGS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize(("bug", "precision"), [("BGR", "fp32"), ("shifted", "fp16")])
-def test_an_exporter_that_exports_another_network_is_caught(
+def test_exporting_the_wrong_network_is_caught(
     bug: str,
     precision: str,
     checkpoint_file: Path,
@@ -432,7 +430,7 @@ def test_an_exporter_that_exports_another_network_is_caught(
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_are_lost_on_the_way_are_caught(
+def test_weights_lost_during_export_are_caught(
     checkpoint_file: Path, trained: Any, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracer: Any
 ) -> None:
     """Through the complete export: the graph of another epoch's network is traced."""

@@ -106,7 +106,7 @@ numbers = st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-
 
 
 @given(st.lists(st.lists(numbers, min_size=1, max_size=20), min_size=1, max_size=8), st.randoms())
-def test_magnitudes_do_not_depend_on_the_order_in_which_they_come(batches: list[list[float]], random: Any) -> None:
+def test_magnitudes_do_not_depend_on_photo_order(batches: list[list[float]], random: Any) -> None:
     one, other, at_once = Magnitudes(), Magnitudes(), Magnitudes()
     shuffled = random.sample(batches, len(batches))
     flat = [value for batch in batches for value in batch]
@@ -135,7 +135,7 @@ def test_a_range_lies_between_zero_and_the_peak(method: str, values: list[float]
     assert (METHODS[method](seen) > 0) == any(values)
 
 
-def test_methods_treat_outliers_as_they_say() -> None:
+def test_each_calibration_method_treats_outliers_as_documented() -> None:
     seen = Magnitudes()
     seen.add(np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32))
     seen.add(np.array([50.0], np.float32))
@@ -144,13 +144,13 @@ def test_methods_treat_outliers_as_they_say() -> None:
     assert 2.5 < METHODS["entropy"](seen) < 6
 
 
-def test_entropy_clips_nothing_where_nothing_is_rare() -> None:
+def test_entropy_does_not_clip_without_outliers() -> None:
     seen = Magnitudes()
     seen.add(np.random.default_rng(0).uniform(0, 3, 100_000).astype(np.float32))
     assert METHODS["entropy"](seen) == pytest.approx(3, rel=0.05)
 
 
-def test_zeros_do_not_count() -> None:
+def test_zeros_are_ignored_by_calibration() -> None:
     seen, with_zeros = Magnitudes(), Magnitudes()
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     seen.add(values)
@@ -164,7 +164,7 @@ def test_an_activation_that_is_not_finite_is_an_error(value: float) -> None:
         Magnitudes().add(np.array([1, value], np.float32))
 
 
-def test_calibration_keeps_no_activations(
+def test_calibration_does_not_retain_activations(
     graph: bytes, labelled: parity.Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[np.ndarray]] = []
@@ -207,7 +207,7 @@ def test_a_fixed_batch_counts_each_photo_once(graph: bytes, labelled: parity.Pho
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from([1e-20, 1e-6, 1.0, 1e4]), st.sampled_from([0.0, 1.0])
 )
-def test_weights_are_within_half_a_step(seed: int, channels: int, size: float, first: float) -> None:
+def test_quantized_weights_are_within_half_a_step(seed: int, channels: int, size: float, first: float) -> None:
     weight = (np.random.default_rng(seed).normal(size=(channels, 2, 3, 3)) * size).astype(np.float32)
     weight[0] *= first
     values, scales = int8_weight(weight)
@@ -222,7 +222,7 @@ def test_weights_are_within_half_a_step(seed: int, channels: int, size: float, f
 
 @settings(max_examples=12)
 @given(chosen=st.sets(st.integers(0, LAYERS - 1)))
-def test_any_layers_may_be_in_int8(graph: bytes, ranges: dict[str, float], chosen: set[int]) -> None:
+def test_any_subset_of_layers_can_be_int8(graph: bytes, ranges: dict[str, float], chosen: set[int]) -> None:
     layers = [all_layers(graph)[i] for i in sorted(chosen)]
     made = with_int8(onnx.load_from_string(graph), set(layers), ranges)
     proto = onnx.load_from_string(made)
@@ -252,14 +252,14 @@ def test_any_layers_may_be_in_int8(graph: bytes, ranges: dict[str, float], chose
     assert all((after[name] == 0).all() and after[name].dtype == np.int8 for name in of_zeros)
 
 
-def test_all_layers_left_in_float_is_the_graph_itself(graph: bytes, ranges: dict[str, float]) -> None:
+def test_excluding_all_layers_returns_the_float_graph(graph: bytes, ranges: dict[str, float]) -> None:
     made, before = (
         onnx.load_from_string(g).graph for g in (with_int8(onnx.load_from_string(graph), set(), ranges), graph)
     )
     assert (list(made.node), list(made.initializer)) == (list(before.node), list(before.initializer))
 
 
-def test_an_activation_is_kept_in_one_byte_only(done: Quantized) -> None:
+def test_a_quantized_activation_is_stored_only_as_int8(done: Quantized) -> None:
     """Only the QuantizeLinear reads a tensor that is quantized."""
     nodes = onnx.load_from_string(done.graph).graph.node
     rounded = {name.removesuffix("_rounded") for node in nodes for name in node.output if name.endswith("_rounded")}
@@ -268,7 +268,7 @@ def test_an_activation_is_kept_in_one_byte_only(done: Quantized) -> None:
     assert len(takers) == len({name for _, name in takers}) == LAYERS
 
 
-def test_what_comes_out_of_a_pool_is_rounded_at_the_same_scale(done: Quantized) -> None:
+def test_a_pools_output_keeps_its_inputs_scale(done: Quantized) -> None:
     proto, values = onnx.load_from_string(done.graph), constants(done.graph)
     pools = [node for node in proto.graph.node if node.op_type == "MaxPool"]
     assert len(pools) == 4
@@ -277,7 +277,7 @@ def test_what_comes_out_of_a_pool_is_rounded_at_the_same_scale(done: Quantized) 
         assert values[f"{before}_scale"] == values[f"{after}_scale"]
 
 
-def test_a_dead_channel_and_a_dead_layer_are_no_obstacle(graph: bytes, labelled: parity.Photos) -> None:
+def test_dead_channels_and_layers_are_quantized(graph: bytes, labelled: parity.Photos) -> None:
     def kill(values: dict[str, np.ndarray]) -> None:
         values["network.down1.0.weight"][:] = 0
         values["network.down1.0.bias"][:] = -1  # its ReLU's output is 0
@@ -309,7 +309,7 @@ def convolutions(*parts: tuple[np.ndarray, np.ndarray]) -> bytes:
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-10, 1e-6, 1e-3])
 @pytest.mark.parametrize("bias", [0.05, -0.5, 3.0])
-def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: float, bias: float) -> None:
+def test_biases_do_not_overflow_in_onnxruntime_with_tiny_weights(tiny: float, bias: float) -> None:
     """ONNX Runtime quantizes it to int32 with the product of the scales, and does not check for overflow."""
     weights = np.array([[tiny, -tiny], [0.5, 0.25]])
     float_graph = convolutions((weights, np.array([bias, 0.1])), (np.array([[1.0, 1.0]]), np.array([0.0])))
@@ -336,7 +336,7 @@ def test_a_bias_is_what_it_was_in_onnxruntime_however_small_the_weights(tiny: fl
 @pytest.mark.parametrize(
     "left", [(), ("down1.0", "head"), ("down2.0", "up4.gate.w_x.0"), ("up2.block.0", "up1.project")]
 )
-def test_openvino_computes_the_same(
+def test_openvino_output_matches_onnxruntime(
     graph: bytes, ranges: dict[str, float], labelled: parity.Photos, left: tuple[str, ...]
 ) -> None:
     """Without the workarounds in the module docstring, it would not after a MaxPool or a Concat."""
@@ -356,7 +356,7 @@ def test_openvino_computes_the_same(
 
 
 @pytest.mark.tensorrt
-def test_tensorrt_for_rtx_reads_it(done: Quantized) -> None:
+def test_tensorrt_for_rtx_parses_the_int8_graph(done: Quantized) -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
     logger = rtx.Logger(rtx.Logger.ERROR)
     network = rtx.Builder(logger).create_network(0)
@@ -370,7 +370,7 @@ def test_tensorrt_for_rtx_reads_it(done: Quantized) -> None:
 # --- the choice ---
 
 
-def test_a_network_that_bears_int8_is_all_int8(graph: bytes, done: Quantized, labelled: parity.Photos) -> None:
+def test_a_network_that_tolerates_int8_is_fully_int8(graph: bytes, done: Quantized, labelled: parity.Photos) -> None:
     proto = onnx.load_from_string(done.graph)
     assert not proto.metadata_props
     checker.check_model(proto, full_check=True)
@@ -404,7 +404,7 @@ def test_the_same_photos_give_the_same_bytes(graph: bytes, done: Quantized, labe
     assert again == done
 
 
-def test_progress_is_told(graph: bytes, labelled: parity.Photos) -> None:
+def test_progress_is_reported(graph: bytes, labelled: parity.Photos) -> None:
     told: list[tuple[str, int, int]] = []
     quantize(graph, labelled.images[:2], loses({"head": 1.0}), ONE, lambda *progress: told.append(progress))
     assert list(dict.fromkeys(what for what, _, _ in told)) == [
@@ -417,7 +417,7 @@ def test_progress_is_told(graph: bytes, labelled: parity.Photos) -> None:
     assert all(done < total or total == 0 for _, done, total in told)
 
 
-def test_a_sensitive_layer_is_found_and_left_in_float(graph: bytes, labelled: parity.Photos) -> None:
+def test_a_sensitive_layer_is_found_and_stays_in_float(graph: bytes, labelled: parity.Photos) -> None:
     """One channel scaled by 1000 and back: no change in float, but in int8 it swamps the other channels."""
 
     def spread(values: dict[str, np.ndarray]) -> None:
@@ -448,7 +448,7 @@ def test_a_sensitive_layer_is_found_and_left_in_float(graph: bytes, labelled: pa
         ((0.4, -3.0, 0.01), {"percentile", "entropy"}),  # a gain counts as no loss, and a hundredth of a point is noise
     ],
 )
-def test_the_method_that_loses_least_is_kept(
+def test_the_calibration_method_with_the_least_loss_is_chosen(
     graph: bytes, labelled: parity.Photos, losses: tuple[float, ...], kept: set[str]
 ) -> None:
     answers = iter([0.9, *(0.9 - loss / 100 for loss in losses)])
@@ -458,7 +458,7 @@ def test_the_method_that_loses_least_is_kept(
     assert changes[choice["method"]] == min(changes.values())
 
 
-def test_only_what_costs_is_left_in_float(graph: bytes, labelled: parity.Photos) -> None:
+def test_only_layers_that_lose_accuracy_stay_in_float(graph: bytes, labelled: parity.Photos) -> None:
     order = list(quantize(graph, labelled.images[:2], loses({}), ONE).choice["sensitivity"])
     costly = {order[1]: 1.0, order[4]: 2.0, order[7]: 0.7}
     choice = quantize(graph, labelled.images[:2], loses(costly), ONE).choice
@@ -467,7 +467,7 @@ def test_only_what_costs_is_left_in_float(graph: bytes, labelled: parity.Photos)
     assert len(choice["search"]) <= 2 + 5 + SECOND_TRIES  # both ends, the bisection of 27, the second tries
 
 
-def test_the_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
+def test_the_loss_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
     points = dict.fromkeys(all_layers(graph), 0.1)
     choice = quantize(
         graph, labelled.images[:2], loses(points), QuantizeConfig(budget=1.55, methods=("minmax",))
@@ -479,29 +479,29 @@ def test_the_budget_is_used(graph: bytes, labelled: parity.Photos) -> None:
 # --- errors ---
 
 
-def test_no_photos(graph: bytes) -> None:
+def test_int8_without_photos_is_an_error(graph: bytes) -> None:
     with pytest.raises(DataError, match="photos to calibrate on"):
         quantize(graph, [], loses({}), ONE)
 
 
-def test_a_judge_needs_labels(labelled: parity.Photos) -> None:
+def test_the_judge_requires_labels(labelled: parity.Photos) -> None:
     with pytest.raises(DataError, match="no labels"):
         judge_on(parity.Photos(labelled.names, labelled.images, None))
 
 
 @pytest.mark.parametrize("iou", [0.0, float("nan")])
-def test_a_float_graph_that_finds_nothing(graph: bytes, labelled: parity.Photos, iou: float) -> None:
+def test_a_float_graph_that_finds_no_pet_is_an_error(graph: bytes, labelled: parity.Photos, iou: float) -> None:
     with pytest.raises(DataError, match=r"IoU of (0\.0|nan)"):
         quantize(graph, labelled.images[:1], lambda graph: iou, ONE)
 
 
 @pytest.mark.parametrize("iou", [0.0, float("nan")])
-def test_a_budget_that_cannot_be_met(graph: bytes, labelled: parity.Photos, iou: float) -> None:
+def test_a_budget_that_cannot_be_met_is_an_error(graph: bytes, labelled: parity.Photos, iou: float) -> None:
     with pytest.raises(ParityTolerance, match=r"loses (90\.00|nan) .* 26 of the 35 layers .* the budget is 0\.5"):
         quantize(graph, labelled.images[:1], lambda graph: iou if layers_in_int8(graph) else 0.9, ONE)
 
 
-def test_a_graph_without_convolutions(labelled: parity.Photos) -> None:
+def test_a_graph_without_convolutions_is_an_error(labelled: parity.Photos) -> None:
     value = onnx.helper.make_tensor_value_info
     ends = [value("image", TensorProto.UINT8, ["N", SIZE, SIZE, 3])], [value("x", TensorProto.UINT8, None)]
     empty = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["image"], ["x"])], "empty", *ends)
@@ -509,7 +509,7 @@ def test_a_graph_without_convolutions(labelled: parity.Photos) -> None:
         quantize(onnx.helper.make_model(empty).SerializeToString(), labelled.images, loses({}), ONE)
 
 
-def test_a_graph_with_nan_inside(graph: bytes, labelled: parity.Photos) -> None:
+def test_a_graph_with_nan_activations_is_an_error(graph: bytes, labelled: parity.Photos) -> None:
     def spoil(values: dict[str, np.ndarray]) -> None:
         values["network.bottom.0.bias"][0] = np.nan
 

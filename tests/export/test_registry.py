@@ -54,11 +54,11 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 1)
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ----------------------------------------------------------------------------------------- the format table
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_fits_what_the_runtime_reads_and_runs(name: str) -> None:
+def test_every_format_matches_what_the_runtime_supports(name: str) -> None:
     form = FORMATS[name]
     assert form.suffix == (COMPILED[name][0] if name in COMPILED else ".onnx")
     assert set(form.precisions) <= set(PRECISIONS)
@@ -71,22 +71,22 @@ def test_a_format_fits_what_the_runtime_reads_and_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_needs_what_an_extra_brings(name: str) -> None:
+def test_every_formats_requirements_are_in_an_extra(name: str) -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     for need in FORMATS[name].needs:
         assert any(line.startswith(need.module.replace("_", "-")) for line in extras[need.extra])
 
 
-def test_every_config_leads_to_its_format() -> None:
+def test_every_config_maps_to_its_format() -> None:
     assert [format_of(form.config()) for form in FORMATS.values()] == list(FORMATS.items())
 
 
-def test_a_config_of_no_format_is_a_mistake_of_the_program() -> None:
+def test_a_config_without_format_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="ExportConfig is not the config of a format"):
         format_of(ExportConfig())
 
 
-# ------------------------------------------------------------------------------------------------ this machine
+# ------------------------------------------------------------------------------------------------ requirements
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_config_of_no_format_is_a_mistake_of_the_program() -> None:
         ("trt-rtx", "torch", "export"),
     ],
 )
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+def test_a_missing_package_is_named_with_its_extra(
     everything: None, missing: set[str], name: str, gone: str, extra: str
 ) -> None:
     assert why_not(FORMATS[name]) is None
@@ -113,7 +113,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
         check(FORMATS[name].config())
 
 
-def test_a_gpu_that_is_not_there_is_named_with_two_ways_out(everything: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported_with_two_remedies(everything: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
     with pytest.raises(EngineError, match=r"no NVIDIA GPU here.*export to ONNX here.*or use trt-rtx") as caught:
         check(TensorRTConfig())
@@ -124,18 +124,18 @@ def test_a_gpu_that_is_not_there_is_named_with_two_ways_out(everything: None, mo
 
 @pytest.mark.parametrize("gone", ["cuda", "cuda.bindings"])
 @pytest.mark.parametrize("name", ["trt", "trt-rtx"])
-def test_where_an_engine_will_be_run_it_is_not_built_without_what_runs_it(
+def test_an_engine_to_be_run_is_not_built_without_its_runtime_packages(
     everything: None, missing: set[str], name: str, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing.add(gone)
     with pytest.raises(MissingExtra, match=f"{name}: cuda-bindings is not installed.*: pip install cuda-bindings$"):
         check(FORMATS[name].config())
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
-    check(TensorRTRTXConfig())  # builds without a GPU, and runs nothing
+    check(TensorRTRTXConfig())  # builds without a GPU, and does not run the engine
 
 
 @pytest.mark.parametrize(("config", "extras"), [(OnnxConfig, ("cpu", "openvino")), (OpenVINOConfig, ("openvino",))])
-def test_a_machine_without_an_engine_for_the_parity_test_is_told_what_to_install(
+def test_without_an_engine_for_the_parity_test_the_error_says_what_to_install(
     missing: set[str], config: type[ExportConfig], extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing |= {"onnxruntime", "openvino"}
@@ -146,7 +146,7 @@ def test_a_machine_without_an_engine_for_the_parity_test_is_told_what_to_install
     assert all(install(extra) in str(caught.value) for extra in extras)
 
 
-def test_one_engine_is_enough_for_the_parity_test(missing: set[str]) -> None:
+def test_one_engine_suffices_for_the_parity_test(missing: set[str]) -> None:
     missing.add("onnxruntime")
     check(OnnxConfig())
     with pytest.raises(EngineMissing, match=re.escape(install("cpu"))):
@@ -162,7 +162,7 @@ def test_one_engine_is_enough_for_the_parity_test(missing: set[str]) -> None:
         TensorRTRTXConfig(backends=("openvino",)),
     ],
 )
-def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(config: ExportConfig) -> None:
+def test_an_engine_that_does_not_run_the_format_is_rejected_early(config: ExportConfig) -> None:
     said = f"unknown engine {config.backends[-1]!r}|: {config.backends[-1]} does not run .* files; engines that do: "
     with pytest.raises(EngineError, match=said) as caught:
         check(config)
@@ -183,13 +183,13 @@ def test_an_engine_that_does_not_run_the_format_is_refused_before_the_work(confi
     ],
 )
 @pytest.mark.usefixtures("everything")
-def test_a_device_that_runs_no_such_files_is_refused_before_the_work(config: ExportConfig, said: str) -> None:
+def test_a_device_that_does_not_run_the_format_is_rejected_early(config: ExportConfig, said: str) -> None:
     with pytest.raises(EngineError, match=said):
         check(config)
 
 
 @pytest.mark.usefixtures("everything")
-def test_a_device_that_does_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_runs_the_format_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for config in (OnnxConfig(device="cpu"), OnnxConfig(device="cuda:1"), OpenVINOConfig(device="intel-gpu")):
         check(config)
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
@@ -197,7 +197,7 @@ def test_a_device_that_does_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
         check(TensorRTRTXConfig(device="cuda"))
 
 
-# ------------------------------------------------------------------------------------------------ what is asked
+# ----------------------------------------------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize("config", [OnnxConfig, OpenVINOConfig, TensorRTRTXConfig])
@@ -208,7 +208,7 @@ def test_int8_needs_labelled_photos(config: type[ExportConfig]) -> None:
     check(config(precision="int8", quantize=QuantizeConfig(data=Path("pets"))))
 
 
-def test_int8_that_was_chosen_before_needs_none() -> None:
+def test_an_existing_int8_file_needs_no_labelled_photos() -> None:
     check(OpenVINOConfig(precision="int8", onnx=Path("int8.onnx")))
 
 
@@ -218,7 +218,7 @@ def test_int8_is_calibrated_in_onnxruntime(missing: set[str]) -> None:
         check(OnnxConfig(precision="int8", data=Path("pets")))
 
 
-def test_a_precision_that_a_format_does_not_come_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_unsupported_by_the_format_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "openvino", dataclasses.replace(FORMATS["openvino"], precisions=("fp32",)))
     with pytest.raises(UsageError, match="openvino supports fp32, not fp16"):
         check(OpenVINOConfig(precision="fp16"))
@@ -241,13 +241,13 @@ assert not heavy, heavy
 """
 
 
-def test_requests_are_checked_without_importing_what_would_do_the_work() -> None:
+def test_requests_are_checked_without_heavy_imports() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(error.exit_code) for error in (UsageError, EngineError)]
 
 
-def test_every_refusal_is_an_error_of_petseg() -> None:
+def test_every_rejection_is_a_petseg_error() -> None:
     assert issubclass(EngineMissing, PetsegError)
 
 
@@ -265,7 +265,7 @@ def test_every_refusal_is_an_error_of_petseg() -> None:
     ],
 )
 @pytest.mark.usefixtures("everything")
-def test_a_setting_that_has_nothing_to_act_on_is_refused(config: ExportConfig, said: str) -> None:
+def test_a_setting_without_effect_is_rejected(config: ExportConfig, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         check(config)
 
@@ -279,5 +279,5 @@ def test_a_setting_that_has_nothing_to_act_on_is_refused(config: ExportConfig, s
     ],
 )
 @pytest.mark.usefixtures("everything")
-def test_a_setting_that_has_is_not(config: ExportConfig) -> None:
+def test_a_setting_with_an_effect_is_accepted(config: ExportConfig) -> None:
     check(config)

@@ -91,7 +91,7 @@ def spare_tracing(known_graph: None) -> None:
 # ------------------------------------------------------------------------------------------------ int8
 
 
-def test_an_int8_file_says_how_it_was_chosen(int8: build.Exported) -> None:
+def test_an_int8_file_records_how_it_was_quantized(int8: build.Exported) -> None:
     receipt = open_artifact(int8.path).receipt
     choice = receipt["quantization"]
     assert receipt["stored"] == open_artifact(int8.path).spec.precision == "int8"
@@ -107,7 +107,7 @@ def test_an_int8_file_says_how_it_was_chosen(int8: build.Exported) -> None:
     assert {row["engine"].split()[0] for row in receipt["rows"]} == {"onnxruntime", "openvino"}
 
 
-def test_calibration_judgement_and_receipt_are_on_different_photos(
+def test_calibration_selection_and_receipt_use_different_photos(
     int8: build.Exported, quarter: Path, oxford_root: Path
 ) -> None:
     parts = {split: find(oxford_root, Split(split), val_fraction=0.25, seed=7) for split in ("train", "val", "test")}
@@ -124,7 +124,7 @@ def test_calibration_judgement_and_receipt_are_on_different_photos(
     assert not any("--split test" in note for note in int8.notes)
 
 
-def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exported) -> None:
+def test_a_receipt_on_the_int8_selection_photos_says_so(int8: build.Exported) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: 6}
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, quantization=choice))
     assert "tuned on 6 of the 6 photos of the parity test" in note
@@ -133,7 +133,7 @@ def test_a_receipt_on_the_photos_that_int8_was_chosen_on_says_so(int8: build.Exp
 
 @pytest.mark.parametrize("shared", [6, None])
 @pytest.mark.parametrize("ran", [False, True])
-def test_without_iou_in_a_receipt_none_is_said_to_be_flattered(
+def test_a_receipt_without_iou_has_no_note_on_shared_photos(
     int8: build.Exported, shared: int | None, ran: bool
 ) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: shared}
@@ -141,12 +141,12 @@ def test_without_iou_in_a_receipt_none_is_said_to_be_flattered(
     assert build._receipt_notes(dataclasses.replace(int8.receipt, rows=rows, quantization=choice)) == ()
 
 
-def test_a_receipt_without_a_search_for_nan_says_so(int8: build.Exported) -> None:
+def test_a_receipt_without_a_nan_scan_says_so(int8: build.Exported) -> None:
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, scan=None))
     assert "scanned for NaN" in note
 
 
-def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
+def test_the_receipts_loss_matches_evaluate(int8: build.Exported, quarter: Path, oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.VAL, val_fraction=0.25, seed=7)
     ious = []
     for path in (quarter, int8.path):
@@ -158,7 +158,7 @@ def test_the_loss_in_the_receipt_is_that_of_evaluate(int8: build.Exported, quart
     assert int8.receipt.quantization["iou"]["int8"] == pytest.approx(ious[1], abs=1e-3)
 
 
-def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
+def test_too_few_selection_photos_are_rejected_early_with_a_remedy(
     quarter: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root)
@@ -170,9 +170,7 @@ def test_too_few_photos_to_judge_on_are_refused_with_the_remedy_before_the_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_photos_to_calibrate_on_int8_is_rejected_before_the_work(
-    quarter: Path, folder_copy: Path, tmp_path: Path
-) -> None:
+def test_int8_without_calibration_photos_is_rejected_early(quarter: Path, folder_copy: Path, tmp_path: Path) -> None:
     names = [pair.name for pair in find(folder_copy, Split.TRAINVAL)]
     (folder_copy / "val.txt").write_text("\n".join(names))
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=folder_copy, quantize=QUANTIZE)
@@ -182,7 +180,7 @@ def test_without_photos_to_calibrate_on_int8_is_rejected_before_the_work(
     assert told == ["reading"]
 
 
-def test_a_budget_that_int8_cannot_keep_leaves_nothing(
+def test_an_unmet_int8_budget_writes_nothing(
     quarter: Path, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from petseg_export import quantize
@@ -216,7 +214,7 @@ def test_a_wrong_normalisation_is_caught_at_float32_tolerance(
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_data_may_be_other_than_that_of_the_receipt(quarter: Path, oxford_root: Path, tmp_path: Path) -> None:
+def test_int8_data_may_differ_from_the_receipts_data(quarter: Path, oxford_root: Path, tmp_path: Path) -> None:
     config = OnnxConfig(
         output=tmp_path / "x.onnx",
         precision="int8",
@@ -231,7 +229,9 @@ def test_int8_data_may_be_other_than_that_of_the_receipt(quarter: Path, oxford_r
 # ------------------------------------------------------------------------------------------------ compiled from int8
 
 
-def test_the_ir_of_an_int8_file_keeps_its_choice(int8: build.Exported, quarter: Path, tmp_path: Path) -> None:
+def test_the_ir_of_an_int8_file_keeps_its_quantization_record(
+    int8: build.Exported, quarter: Path, tmp_path: Path
+) -> None:
     config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, photos=4)
     done = export(quarter, config)
     assert done.receipt.quantization == open_artifact(int8.path).receipt["quantization"]
@@ -240,7 +240,7 @@ def test_the_ir_of_an_int8_file_keeps_its_choice(int8: build.Exported, quarter: 
 
 
 @pytest.mark.parametrize(("split", "shared"), [("val", 6), ("test", 0)])
-def test_the_ir_of_an_int8_file_says_which_of_its_photos_int8_was_chosen_on(
+def test_the_ir_of_an_int8_file_reports_shared_selection_photos(
     int8: build.Exported, quarter: Path, oxford_root: Path, tmp_path: Path, split: str, shared: int
 ) -> None:
     config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, data=oxford_root, split=split)
@@ -251,7 +251,7 @@ def test_the_ir_of_an_int8_file_says_which_of_its_photos_int8_was_chosen_on(
 
 
 @pytest.mark.parametrize("change", ["other pixels", "no such part"])
-def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
+def test_unknown_int8_selection_photos_are_reported(
     int8: build.Exported,
     quarter: Path,
     oxford_root: Path,
@@ -282,7 +282,7 @@ def test_where_it_cannot_be_told_what_int8_was_chosen_on_that_is_said(
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
+def test_an_rtx_engine_is_built_and_marked_as_not_run(
     precision: str, int8: build.Exported, quarter: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
@@ -309,7 +309,7 @@ def test_an_rtx_engine_is_built_and_says_that_it_was_not_run(
 
 
 @pytest.mark.tensorrt
-def test_a_graph_that_the_library_cannot_read_leaves_nothing(
+def test_a_graph_that_tensorrt_cannot_parse_writes_nothing(
     exported: Any, checkpoint_file: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
@@ -327,7 +327,7 @@ def test_a_graph_that_the_library_cannot_read_leaves_nothing(
 
 
 @pytest.mark.tensorrt
-def test_an_engine_that_was_changed_is_refused(quarter: Path, tmp_path: Path) -> None:
+def test_a_modified_engine_file_is_rejected(quarter: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
     done = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1))
     data = bytearray(done.path.read_bytes())
@@ -373,14 +373,14 @@ def test_the_profile_follows_from_the_specification(
         ({"batch": 1}, {"max_batch": 2}, "dynamic batch, and this one has a batch of 1"),
     ],
 )
-def test_limits_that_contradict_the_graph_are_wrong_usage(
+def test_limits_that_contradict_the_graph_are_usage_errors(
     kind: type[EngineConfig], spec: dict[str, Any], asked: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
         build._check_limits(kind(**asked), ModelSpec(name="x", height=64, width=48, **spec))
 
 
-def test_limits_are_checked_before_the_work(
+def test_limits_are_checked_early(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # a machine with TensorRT and a GPU
@@ -411,7 +411,7 @@ class Cudart:
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_an_engine_is_built_for_the_gpu_that_is_asked_for(
+def test_an_engine_is_built_for_the_requested_gpu(
     device: str, gpu: int, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -435,13 +435,13 @@ def test_an_engine_is_built_for_the_gpu_that_is_asked_for(
     assert cudart.chosen == [gpu], "CUDA has a current GPU per thread, and the library builds for that one"
 
 
-def test_a_gpu_that_cuda_does_not_have_cannot_be_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_for_a_nonexistent_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "imported", lambda module, library: Cudart())
     with pytest.raises(EngineError, match=r"cuda:2 cannot be used to build an engine \(cudaErrorInvalidDevice\)"):
         tensorrt._activate(2)
 
 
-def test_a_checkpoint_is_never_written_over(checkpoint_file: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_never_overwritten(checkpoint_file: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(checkpoint_file, tmp_path / "odd.onnx"))
     before = path.read_bytes()
     with pytest.raises(OutputError, match="--output"):
@@ -449,7 +449,7 @@ def test_a_checkpoint_is_never_written_over(checkpoint_file: Path, tmp_path: Pat
     assert path.read_bytes() == before
 
 
-def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None:
+def test_a_larger_budget_is_the_receipts_tolerance(int8: build.Exported) -> None:
     assert {row.tolerance.task_loss for row in int8.receipt.rows} == {QUANTIZE.budget}
 
 
@@ -461,7 +461,7 @@ def test_a_larger_budget_counts_in_the_receipt_too(int8: build.Exported) -> None
         EngineForeign("built for 8.9"),
     ],
 )
-def test_only_an_engine_for_another_gpu_is_left_unrun(
+def test_only_an_engine_for_another_gpu_is_not_run(
     error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a GPU, anything missing is an error; an engine for other GPUs is reported as not run."""

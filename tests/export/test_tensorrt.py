@@ -168,7 +168,7 @@ def convolutions(built: Built) -> Counter[str]:
         pytest.param(lambda: quantized(graph(dynamic=True)), profile(48, 64), "int8", id="int8, any size"),
     ],
 )
-def test_a_graph_becomes_an_engine_that_computes_in_its_types(
+def test_an_engine_computes_in_the_graphs_types(
     make: Callable[[], bytes], shapes: Profile | None, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = make()
@@ -190,7 +190,7 @@ def test_a_graph_becomes_an_engine_that_computes_in_its_types(
 
 
 @needs_rtx
-def test_the_embedded_model_compiles_and_says_what_for() -> None:
+def test_the_embedded_model_compiles_and_records_its_target() -> None:
     spec = open_artifact(EDGE).spec
     one, eight = ([batch, spec.height, spec.width, 3] for batch in (1, 8))
     built = build(EDGE.read_bytes(), profile(spec.height, spec.width, 8), library=RTX)
@@ -211,13 +211,13 @@ def test_the_embedded_model_compiles_and_says_what_for() -> None:
 
 
 @needs_rtx
-def test_two_builds_agree_on_what_they_are() -> None:
+def test_two_builds_have_the_same_description() -> None:
     one, other = (build(graph(), profile(), library=RTX) for _ in range(2))
     assert (one.environment, one.description) == (other.environment, other.description)
 
 
 @needs_rtx
-def test_gpus_can_be_asked_for() -> None:
+def test_target_gpus_can_be_specified() -> None:
     built = build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "12.0"))
     assert built.environment["compute_capability"] == ["8.9", "12.0"]
     with pytest.raises(EngineError, match=r"cannot build for compute capability 9\.0; it supports .*8\.6, 8\.9.*12\.0"):
@@ -228,7 +228,7 @@ def test_gpus_can_be_asked_for() -> None:
 
 
 @needs_rtx
-def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.CaptureFixture[str]) -> None:
+def test_int32_biases_are_rejected_naming_the_node(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         ModelError, match=r"cannot read the graph \(DequantizeLinear .*bias\.DQ: .* has type Int32"
     ) as error:
@@ -239,14 +239,14 @@ def test_int32_biases_are_refused_with_the_name_of_the_node(capfd: pytest.Captur
 
 
 @needs_rtx
-def test_uint8_activations_are_refused_because_they_would_become_int8() -> None:
+def test_uint8_activations_are_rejected() -> None:
     with pytest.raises(ModelError, match=r"would change the meaning of the graph \(.*UINT8 zero_point"):
         build(quantized(graph(), activations=np.uint8), profile(), library=RTX)
 
 
 @needs_rtx
 @pytest.mark.parametrize("data", [b"not a graph", EDGE.read_bytes()[:5000]])
-def test_what_is_no_graph_is_refused(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_graph_is_rejected(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError, match=r"cannot read the graph .*Failed to parse"):
         build(data, profile(), library=RTX)
     assert capfd.readouterr() == ("", "")
@@ -281,7 +281,7 @@ def unknown_operator(proto: onnx.GraphProto) -> None:
     ],
     ids=["empty", "float input", "other output", "unknown operator"],
 )
-def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], words: str) -> None:
+def test_a_graph_that_violates_the_contract_is_rejected(data: Callable[[], bytes], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build(data(), profile(), library=RTX)
 
@@ -296,7 +296,7 @@ def test_a_graph_that_breaks_the_contract_is_refused(data: Callable[[], bytes], 
     ],
     ids=["size", "batch", "none"],
 )
-def test_a_profile_that_contradicts_the_graph_is_refused(batch: int, shapes: Profile | None, words: str) -> None:
+def test_a_profile_that_contradicts_the_graph_is_rejected(batch: int, shapes: Profile | None, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         build(fixed(batch) if batch else graph(), shapes, library=RTX)
 
@@ -305,7 +305,7 @@ def test_a_profile_that_contradicts_the_graph_is_refused(batch: int, shapes: Pro
 
 
 @needs_rtx
-def test_progress_is_told() -> None:
+def test_progress_is_reported() -> None:
     news: list[tuple[str, int, int]] = []
     build(graph(), profile(), library=RTX, watch=lambda *step: news.append(step))
     assert len({phase for phase, _, _ in news}) > 3
@@ -317,7 +317,9 @@ def test_progress_is_told() -> None:
 
 @needs_rtx
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a broken bar")])
-def test_what_the_watcher_raises_cancels_the_build(error: BaseException, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_in_the_progress_callback_cancels_the_build(
+    error: BaseException, capfd: pytest.CaptureFixture[str]
+) -> None:
     graph()
     calls = []
 
@@ -400,7 +402,7 @@ def disguised(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.tensorrt
-def test_the_tensorrt_branch_asks_for_strong_types_and_no_tf32(disguised: dict[str, Any], rtx: Any) -> None:
+def test_the_tensorrt_branch_uses_strong_typing_without_tf32(disguised: dict[str, Any], rtx: Any) -> None:
     built = build(graph(), profile(), library=TRT)
     assert disguised == {"flags": 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED), "tf32": False}
     assert built.environment["library"] == "tensorrt"
@@ -410,7 +412,7 @@ def test_the_tensorrt_branch_asks_for_strong_types_and_no_tf32(disguised: dict[s
 
 
 @pytest.mark.tensorrt
-def test_tensorrt_builds_for_the_gpu_that_is_made_current_in_its_own_thread(disguised: dict[str, Any]) -> None:
+def test_tensorrt_builds_for_the_gpu_current_in_its_thread(disguised: dict[str, Any]) -> None:
     threads: list[str] = []
     built = build(
         graph(),
@@ -424,7 +426,7 @@ def test_tensorrt_builds_for_the_gpu_that_is_made_current_in_its_own_thread(disg
 
 
 @pytest.mark.tensorrt
-def test_a_build_that_fails_says_why(disguised: dict[str, Any]) -> None:
+def test_a_failed_build_gives_the_reason(disguised: dict[str, Any]) -> None:
     disguised["fail"] = True
     words = r"TensorRT 10\.9\.0\.34 cannot build the engine \(could not find any implementation for node_conv2d_7\)"
     with pytest.raises(EngineError, match=words):
@@ -432,7 +434,7 @@ def test_a_build_that_fails_says_why(disguised: dict[str, Any]) -> None:
 
 
 @pytest.mark.tensorrt
-def test_a_builder_that_does_not_start_is_an_error(disguised: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_fails_to_start_is_an_error(disguised: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def builder(logger: Any) -> None:
         logger.log(type(logger).ERROR, "CUDA initialization failure with error: 35")
         raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -444,7 +446,7 @@ def test_a_builder_that_does_not_start_is_an_error(disguised: dict[str, Any], mo
 
 @pytest.mark.tensorrt
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
-def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str, Any], tmp_path: Path) -> None:
+def test_a_timing_cache_is_saved_and_a_damaged_one_recreated(disguised: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "caches" / "timing"
 
     def messages() -> tuple[str, ...]:
@@ -468,7 +470,7 @@ def test_a_timing_cache_is_kept_and_a_damaged_one_made_anew(disguised: dict[str,
 
 @pytest.mark.tensorrt
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
-def test_a_timing_cache_has_its_place_in_the_cache_of_each_gpu_and_version(
+def test_timing_caches_are_separate_per_gpu_and_version(
     disguised: dict[str, Any],
 ) -> None:
     slot = timings_slot()
@@ -492,7 +494,7 @@ def test_a_timing_cache_has_its_place_in_the_cache_of_each_gpu_and_version(
 
 
 @needs_rtx
-def test_builds_share_a_logger_and_not_their_messages() -> None:
+def test_builds_share_a_logger_but_not_messages() -> None:
     with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and the builder its logger
         build(b"not a graph", profile(), library=RTX)
     built = build(graph(), profile(), library=RTX)
@@ -501,7 +503,7 @@ def test_builds_share_a_logger_and_not_their_messages() -> None:
 
 
 @needs_rtx
-def test_layers_that_are_not_listed_are_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlisted_layers_are_reported_as_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_build, "_layers", lambda text: Counter())
     described = build(graph(), profile(), library=RTX).description
     assert (described["layers"], described["computed"]) == (None, None)
@@ -509,7 +511,7 @@ def test_layers_that_are_not_listed_are_said_to_be_unknown(monkeypatch: pytest.M
 
 
 @needs_rtx
-def test_tensorrt_for_rtx_has_no_timing_cache_and_says_so(tmp_path: Path) -> None:
+def test_tensorrt_for_rtx_reports_that_it_has_no_timing_cache(tmp_path: Path) -> None:
     path = tmp_path / "timing"
     built = build(graph(), profile(), library=RTX, timing_cache=path)
     assert built.messages == (f"{path}: not used; TensorRT for RTX times nothing and has no timing cache",)

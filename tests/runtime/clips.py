@@ -1,4 +1,4 @@
-"""Clips that the tests of several folders see: a red square over blue, and a tone."""
+"""Clips for the tests of several folders: a moving red square on blue, and a tone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import av
 import numpy as np
 
 HEIGHT, WIDTH = 48, 64
-TONE = 1024  # samples in a frame of sound
+TONE = 1024  # samples per audio frame
 
 
 def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A red square, which the toy takes for a pet and is certain of, that moves over blue."""
+    """A moving red square, which is a near-certain pet for the toy model, on blue."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[...] = (20, 40, 160)
     left = 4 + number % (width // 2)
@@ -26,7 +26,7 @@ def picture(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray
 
 
 def tone_frames(count: int, whole: bool) -> Iterator[av.AudioFrame]:
-    """So many samples of a tone behind a silence, whose end can be found again; as whole numbers, or as fractions."""
+    """Yield ``count`` samples of a tone after 0.1 s of silence, whose end tests can locate; as int16 or float32."""
     samples = (0.2 * np.sin(np.arange(count) * 2 * np.pi * 440 / 48000)).astype(np.float32)
     samples[: 48000 // 10] = 0
     for start in range(0, count, TONE):
@@ -49,7 +49,7 @@ def write_clip(
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A clip with a tone behind a silence; ``times`` are in milliseconds."""
+    """Write a clip with a tone after a silence; ``times`` are in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
         stream: Any = file.add_stream(codec, rate=rate, options=options or {})
@@ -62,7 +62,7 @@ def write_clip(
             frame = av.VideoFrame.from_ndarray(picture(number, *size))
             frame.pts, frame.time_base = (times[number], Fraction(1, 1000)) if times else (number, 1 / rate)
             file.mux(stream.encode(frame))
-            if tone:  # about as much of it as there is of the pictures
+            if tone:  # interleaved: about as much sound as video
                 for audio in itertools.islice(sounds, math.ceil(48000 / rate / TONE)):
                     file.mux(tone.encode(audio))
         if tone:

@@ -34,7 +34,7 @@ def petseg(*args: object, env: dict[str, str] | None = None) -> subprocess.Compl
 def shown_on(terminal: int) -> bytes:
     """Returns everything written to a terminal until its other end is closed."""
     seen = b""
-    with contextlib.suppress(OSError):  # Linux raises it at the end
+    with contextlib.suppress(OSError):  # how Linux signals the end
         while part := os.read(terminal, 65536):
             seen += part
     os.close(terminal)

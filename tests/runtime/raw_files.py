@@ -1,4 +1,4 @@
-"""PNG and protobuf by hand: what no library writes."""
+"""PNG and protobuf written by hand, to produce files that no library writes."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def refused(path: Path, named: Path | None = None) -> str:
     return message.removeprefix(begin)
 
 
-def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
+def test_metadata_written_into_a_file_is_read_back(make: Make) -> None:
     path = make()
     artifact = open_artifact(path)
     assert artifact.path == path
@@ -84,7 +84,7 @@ def test_what_was_written_into_a_file_is_read_back(make: Make) -> None:
     assert (artifact.format, artifact.environment) == ("onnx", {})
 
 
-def test_a_specification_other_than_the_receipt_certifies_is_refused(make: Make) -> None:
+def test_a_spec_that_differs_from_the_receipts_is_rejected(make: Make) -> None:
     spec = json.loads(SPEC.to_json())
     assert open_artifact(make(receipt=json.dumps({"spec": {**spec, "of_a_later_version": 1}}))).spec == SPEC
     assert open_artifact(make(receipt=json.dumps({"spec": None}))).spec == SPEC
@@ -96,7 +96,7 @@ def test_a_specification_other_than_the_receipt_certifies_is_refused(make: Make)
     assert "not a JSON object" in refused(make(receipt=json.dumps({"spec": 7})))
 
 
-def test_a_specification_edited_beside_a_compiled_file_is_refused(openvino: Artifact) -> None:
+def test_an_edited_spec_of_a_compiled_file_is_rejected(openvino: Artifact) -> None:
     spec = json.loads(openvino.spec.to_json())
     sidecar = edited(openvino.path, receipt={"spec": spec})
     assert open_artifact(openvino.path).receipt == {"spec": spec}
@@ -109,11 +109,11 @@ def test_provenance_and_receipt_may_be_absent(make: Make) -> None:
     assert artifact.provenance == artifact.receipt == {}
 
 
-def test_the_keys_are_those_that_files_in_the_field_carry() -> None:
+def test_the_metadata_keys_match_released_files() -> None:
     assert (SPEC_KEY, PROVENANCE_KEY, RECEIPT_KEY) == ("petseg.spec", "petseg.provenance", "petseg.receipt")
 
 
-def test_a_foreign_onnx_file_is_said_to_be_foreign(make: Make) -> None:
+def test_a_foreign_onnx_file_is_reported_as_foreign(make: Make) -> None:
     assert "that petseg did not export" in refused(make(spec=None))
 
 
@@ -138,7 +138,7 @@ def test_a_foreign_onnx_file_is_said_to_be_foreign(make: Make) -> None:
         pytest.param({"outputs": [(*PROBABILITY[:2], ["N", 1, 16, 32])]}, "1, 16, 32", id="output-channel"),
     ],
 )
-def test_a_graph_that_breaks_the_contract_is_refused_with_what_was_found(
+def test_a_graph_that_violates_the_contract_is_rejected_with_details(
     make: Make, broken: dict[str, Tensors], named: str
 ) -> None:
     message = refused(make(**broken))
@@ -151,7 +151,7 @@ def test_a_graph_that_breaks_the_contract_is_refused_with_what_was_found(
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "null", '"text"', "7", "[" * 100_000], ids=lambda text: text[:6] or "empty"
 )
-def test_damaged_json_is_refused(make: Make, key: str, text: str) -> None:
+def test_damaged_json_is_rejected(make: Make, key: str, text: str) -> None:
     assert "JSON" in refused(make(**{key: text}))
 
 
@@ -175,13 +175,11 @@ def test_a_spec_of_a_newer_schema_says_to_upgrade(make: Make) -> None:
         ({"resize": "letterbox"}, "letterbox"),
     ],
 )
-def test_a_spec_that_cannot_be_honoured_names_the_file_and_the_field(
-    make: Make, changes: dict[str, Any], named: str
-) -> None:
+def test_an_invalid_spec_error_names_file_and_field(make: Make, changes: dict[str, Any], named: str) -> None:
     assert named in refused(make(spec=spec_with(**changes)))
 
 
-def test_a_spec_of_another_size_than_the_graph_is_refused(make: Make) -> None:
+def test_a_spec_with_another_size_than_the_graph_is_rejected(make: Make) -> None:
     assert "[N, 16, 48, 3] is expected" in refused(make(spec=spec_with(width=48)))
 
 
@@ -198,7 +196,7 @@ FREE, BATCH, BOTH = {"dynamic_size": True}, {"batch": 3}, {"dynamic_size": True,
     [({}, ("N", 16, 32)), (FREE, ("N", "H", "W")), (BATCH, (3, 16, 32)), (BOTH, (3, "H", "W"))],
     ids=str,
 )
-def test_a_graph_may_leave_free_what_its_spec_leaves_free(
+def test_a_graph_may_have_the_dynamic_axes_of_its_spec(
     make: Make, changes: dict[str, Any], graph: tuple[int | str, ...]
 ) -> None:
     spec = open_artifact(make(spec=spec_with(**changes), **free(*graph))).spec
@@ -206,7 +204,7 @@ def test_a_graph_may_leave_free_what_its_spec_leaves_free(
 
 
 @pytest.mark.parametrize("names", [("batch", "height", "width"), ("s0", "16*h", "16*w"), ("", "", "")])
-def test_what_is_free_may_have_any_name(make: Make, names: tuple[str, ...]) -> None:
+def test_dynamic_axes_may_have_any_name(make: Make, names: tuple[str, ...]) -> None:
     assert open_artifact(make(spec=spec_with(dynamic_size=True), **free(*names))).spec.dynamic_size
 
 
@@ -231,7 +229,7 @@ def test_what_is_free_may_have_any_name(make: Make, names: tuple[str, ...]) -> N
     ],
     ids=str,
 )
-def test_a_graph_that_is_free_where_its_spec_is_not_or_the_other_way_round_is_refused(
+def test_a_graph_with_other_dynamic_axes_than_its_spec_is_rejected(
     make: Make, changes: dict[str, Any], graph: tuple[int | str, ...], expected: str
 ) -> None:
     text = spec_with(**changes)
@@ -248,7 +246,7 @@ def _dimensions(changes: dict[str, Any]) -> tuple[int | str, ...]:
     return (changes.get("batch", "N"), *(("H", "W") if "dynamic_size" in changes else (16, 32)))
 
 
-def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_onnx_is_rejected(tmp_path: Path) -> None:
     empty, photo, folder = tmp_path / "empty.onnx", tmp_path / "photo.onnx", tmp_path / "folder.onnx"
     empty.touch()
     Image.new("RGB", (8, 8)).save(photo, format="JPEG")
@@ -257,13 +255,13 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
         assert refused(path)
 
 
-def test_a_truncated_model_is_refused(make: Make) -> None:
+def test_a_truncated_model_is_rejected(make: Make) -> None:
     path = make()
     path.write_bytes(path.read_bytes()[:-40])
     refused(path)
 
 
-def test_the_model_that_ships_keeps_the_contract() -> None:
+def test_the_bundled_model_keeps_the_contract() -> None:
     artifact = open_artifact(default_model())
     assert artifact.spec.name
     assert artifact.receipt["passed"] is True
@@ -271,7 +269,7 @@ def test_the_model_that_ships_keeps_the_contract() -> None:
     assert artifact.receipt["identity"] == artifact.identity, "or damage would go unnoticed"
 
 
-def test_the_proof_that_ships_is_of_photos_from_all_over_the_receipts() -> None:
+def test_the_bundled_parity_record_samples_the_receipts_photos_evenly() -> None:
     """Data sets are ordered: the first sixteen photos are of one breed."""
     artifact = open_artifact(default_model())
     proof = load_proof(proof_of(artifact.path), artifact.spec, artifact.provenance["checkpoint_sha256"])
@@ -280,14 +278,14 @@ def test_the_proof_that_ships_is_of_photos_from_all_over_the_receipts() -> None:
     assert proof.identity == artifact.receipt["proof"]
 
 
-def test_sample_photos_ship_sorted() -> None:
+def test_the_bundled_samples_are_sorted() -> None:
     photos = sample_photos()
     assert len(photos) >= 3
     assert photos == sorted(photos)
     assert all(photo.is_file() for photo in photos)
 
 
-# ------------------------------------------------------------------------------------------------ compiled forms
+# ----------------------------------------------------------------------------------------------- compiled models
 
 IDENTITY = "1d" * 32
 
@@ -328,7 +326,7 @@ def edited(path: Path, *without: str, **changes: Any) -> Path:
     return sidecar
 
 
-def test_what_was_written_beside_a_compiled_file_is_read_back(compiled: Artifact) -> None:
+def test_a_sidecar_is_read_back(compiled: Artifact) -> None:
     read = open_artifact(compiled.path)
     assert read == compiled
     assert sidecar_text(read) == sidecar_text(compiled)
@@ -337,7 +335,7 @@ def test_what_was_written_beside_a_compiled_file_is_read_back(compiled: Artifact
     assert read.spec == SPEC
 
 
-def test_a_sidecar_is_found_by_the_whole_name(compiled: Artifact) -> None:
+def test_a_sidecar_is_found_by_the_full_file_name(compiled: Artifact) -> None:
     sidecar = sidecar_of(compiled.path)
     assert sidecar.name == f"a model.v2{compiled.path.suffix}.json"
     assert sidecar.parent == compiled.path.parent
@@ -352,14 +350,14 @@ def test_a_sidecar_is_json_with_a_digest_for_each_file(compiled: Artifact) -> No
     assert ModelSpec.from_json(json.dumps(raw["spec"])) == SPEC
 
 
-def test_a_compiled_file_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_compiled_file_is_named(tmp_path: Path) -> None:
     for name in ("none.xml", "none.engine"):
         assert refused(tmp_path / name) == "no such file"
     (tmp_path / "folder.xml").mkdir()
     assert refused(tmp_path / "folder.xml") == "no such file"
 
 
-def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifact) -> None:
+def test_without_its_sidecar_the_error_says_what_to_copy(compiled: Artifact) -> None:
     sidecar_of(compiled.path).unlink()
     message = refused(compiled.path)
     assert f"sidecar file {sidecar_of(compiled.path).name} is missing" in message
@@ -371,18 +369,18 @@ def test_without_its_sidecar_a_compiled_file_says_what_to_copy(compiled: Artifac
     [b"", b"{", b"\xff\xfe{}", b"[" * 200_000, b"1" * 5000, b"{}x", b"\x00", b"\xef\xbb\xbf{}"],
     ids=lambda content: ascii(content[:6]),
 )
-def test_a_sidecar_that_is_no_json_is_refused(openvino: Artifact, content: bytes) -> None:
+def test_a_sidecar_that_is_not_json_is_rejected(openvino: Artifact, content: bytes) -> None:
     sidecar_of(openvino.path).write_bytes(content)
     assert "not JSON" in refused(openvino.path, sidecar_of(openvino.path))
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "7", '"text"', "NaN", '[{"schema_version": 1}]'])
-def test_a_sidecar_that_is_no_json_object_is_refused(openvino: Artifact, text: str) -> None:
+def test_a_sidecar_that_is_not_a_json_object_is_rejected(openvino: Artifact, text: str) -> None:
     sidecar_of(openvino.path).write_text(text)
     assert "not a JSON object" in refused(openvino.path, sidecar_of(openvino.path))
 
 
-def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_oversized_sidecar_is_rejected_unread(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     sidecar = sidecar_of(openvino.path)
     monkeypatch.setattr(artifacts, "MAX_SIDECAR", sidecar.stat().st_size)
     assert open_artifact(openvino.path) == openvino
@@ -392,7 +390,7 @@ def test_a_sidecar_that_is_too_large_is_refused_unread(openvino: Artifact, monke
 
 
 @pytest.mark.parametrize("what", ["pipe", "link to a device without an end"])
-def test_a_sidecar_that_is_no_file_is_neither_waited_for_nor_read_without_end(openvino: Artifact, what: str) -> None:
+def test_a_sidecar_that_is_a_pipe_or_device_neither_blocks_nor_is_read_endlessly(openvino: Artifact, what: str) -> None:
     sidecar = sidecar_of(openvino.path)
     sidecar.unlink()
     if what == "pipe":
@@ -402,25 +400,25 @@ def test_a_sidecar_that_is_no_file_is_neither_waited_for_nor_read_without_end(op
     assert "not a regular file" in refused(openvino.path, sidecar)
 
 
-def test_a_folder_for_a_sidecar_is_refused(openvino: Artifact) -> None:
+def test_a_folder_as_sidecar_is_rejected(openvino: Artifact) -> None:
     sidecar_of(openvino.path).unlink()
     sidecar_of(openvino.path).mkdir()
     assert "cannot be read" in refused(openvino.path, sidecar_of(openvino.path))
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
-def test_a_sidecar_of_another_schema_says_to_export_again(openvino: Artifact, version: object) -> None:
+def test_a_sidecar_with_another_schema_says_to_export_again(openvino: Artifact, version: object) -> None:
     message = refused(openvino.path, edited(openvino.path, schema_version=version))
     assert "another version of petseg: export" in message
 
 
 @pytest.mark.parametrize("name", ["trt", "trt-rtx", "onnx", "", "OpenVINO", None, 7, [], ["openvino"], {}])
-def test_a_format_that_has_another_suffix_is_refused(openvino: Artifact, name: object) -> None:
+def test_a_format_with_another_suffix_is_rejected(openvino: Artifact, name: object) -> None:
     message = refused(openvino.path, edited(openvino.path, format=name))
     assert "does not belong to a .xml file" in message or "not a sidecar file written by petseg" in message
 
 
-def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -> None:
+def test_engine_files_with_the_same_suffix_are_distinguished_by_sidecar(tmp_path: Path) -> None:
     for name in ("trt", "trt-rtx"):
         (tmp_path / name).mkdir()
         assert open_artifact(write_compiled(tmp_path / name, name).path).format == name
@@ -430,7 +428,7 @@ def test_engines_of_one_suffix_are_told_apart_by_their_sidecar(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("change", [b"\x07", b""], ids=["another", "empty"])
-def test_a_file_of_another_digest_is_named(compiled: Artifact, change: bytes) -> None:
+def test_a_file_with_another_digest_is_named(compiled: Artifact, change: bytes) -> None:
     suffix, others = COMPILED[compiled.format]
     for ending in (suffix, *others):
         file = compiled.path.with_suffix(ending)
@@ -443,7 +441,7 @@ def test_a_file_of_another_digest_is_named(compiled: Artifact, change: bytes) ->
     assert open_artifact(compiled.path) == compiled
 
 
-def test_the_sidecar_of_another_model_is_found_out(tmp_path: Path) -> None:
+def test_another_models_sidecar_is_detected(tmp_path: Path) -> None:
     one, two = write_compiled(tmp_path, "trt", "one"), write_compiled(tmp_path, "trt", "two")
     two.path.write_bytes(b"another engine")
     sidecar_of(two.path).write_bytes(sidecar_of(one.path).read_bytes())
@@ -451,7 +449,7 @@ def test_the_sidecar_of_another_model_is_found_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_weights_that_are_missing_are_named(openvino: Artifact, as_folder: bool) -> None:
+def test_missing_weights_are_named(openvino: Artifact, as_folder: bool) -> None:
     weights = openvino.path.with_suffix(".bin")
     weights.unlink()
     if as_folder:
@@ -459,7 +457,7 @@ def test_weights_that_are_missing_are_named(openvino: Artifact, as_folder: bool)
     assert refused(openvino.path, weights) == f"missing; it belongs to {openvino.path.name}"
 
 
-def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_taken_for_a_model(tmp_path: Path) -> None:
     path = tmp_path / "best.safetensors"
     with pytest.raises(ModelError, match="no such file"):
         open_artifact(path)
@@ -468,7 +466,7 @@ def test_a_checkpoint_is_told_from_a_model(tmp_path: Path) -> None:
         open_artifact(path)
 
 
-def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_a_model_error(openvino: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
     def denied(self: Path, *args: Any, **options: Any) -> Any:
@@ -484,7 +482,7 @@ def test_a_file_that_cannot_be_read_is_a_model_error(openvino: Artifact, monkeyp
 @pytest.mark.parametrize(
     "key", ["schema_version", "format", "spec", "onnx_identity", "files", "environment", "provenance", "receipt"]
 )
-def test_a_key_that_is_missing_in_a_sidecar_is_named(openvino: Artifact, key: str) -> None:
+def test_a_missing_sidecar_key_is_named(openvino: Artifact, key: str) -> None:
     assert key in refused(openvino.path, edited(openvino.path, key))
 
 
@@ -502,7 +500,7 @@ def test_a_key_that_is_missing_in_a_sidecar_is_named(openvino: Artifact, key: st
         ("files", {".xml": None, ".bin": 7}),
     ],
 )
-def test_a_wrong_type_in_a_sidecar_is_refused(openvino: Artifact, key: str, value: object) -> None:
+def test_a_wrong_type_in_a_sidecar_is_rejected(openvino: Artifact, key: str, value: object) -> None:
     sidecar = edited(openvino.path, **{key: value})
     with pytest.raises(ModelError) as caught:
         open_artifact(openvino.path)
@@ -519,7 +517,7 @@ def test_a_newer_spec_in_a_sidecar_says_to_upgrade(openvino: Artifact) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("precision", "int4"), ("batch", True), ("dynamic_size", 1), ("threshold", float("nan"))]
 )
-def test_a_spec_in_a_sidecar_that_cannot_be_honoured_is_named(openvino: Artifact, field: str, value: object) -> None:
+def test_an_invalid_spec_in_a_sidecar_is_named(openvino: Artifact, field: str, value: object) -> None:
     spec = {**json.loads(SPEC.to_json()), field: value}
     assert field in refused(openvino.path, edited(openvino.path, spec=spec))
 

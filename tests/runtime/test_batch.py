@@ -75,7 +75,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
+def photo_copies(tmp_path: Path) -> Path:
     """Eight photos that a test may modify."""
     return write_photos(tmp_path / "photos", 8)
 
@@ -108,7 +108,7 @@ def make_sink(kind: str, out: Path, items: list[Item], resume: bool) -> Sink:
     return ImageSink(out, picture(kind), items, resume=resume)
 
 
-def go(
+def segment_folder(
     segmenter: Segmenter,
     folder: Path,
     out: Path,
@@ -135,18 +135,18 @@ def tree(folder: Path) -> dict[str, str]:
 # ----------------------------------------------------------------------------------------- one complete run
 
 
-def test_each_photo_is_answered_for_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+def test_each_photo_is_reported_once_and_in_order(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
     told: list[Outcome[Item, Done]] = []
-    report = go(segmenter, photos, tmp_path / "out", watch=told.append)
+    report = segment_folder(segmenter, photos, tmp_path / "out", watch=told.append)
     items = find_photos([photos])
     assert [outcome.source for outcome in told] == items
     assert (report.done, report.failed, report.skipped, report.path) == (COUNT, [], 0, None)
     assert set(tree(tmp_path / "out")) == {f"{item.name}.png" for item in items}
 
 
-def test_results_are_those_of_a_call(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
+def test_results_match_those_of_a_direct_call(segmenter: Segmenter, photos: Path, tmp_path: Path) -> None:
     told: list[Outcome[Item, Done]] = []
-    go(segmenter, photos, tmp_path / "out", "probability", watch=told.append)
+    segment_folder(segmenter, photos, tmp_path / "out", "probability", watch=told.append)
     for outcome in told:
         expected = segmenter(outcome.source.source)
         done = outcome.value
@@ -159,33 +159,40 @@ def test_results_are_those_of_a_call(segmenter: Segmenter, photos: Path, tmp_pat
         assert (done.notes, done.value) == ((), None)
 
 
-def test_a_bad_photo_is_named_and_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
-    (own / "a" / "002.jpg").write_bytes(b"no photo")
-    (own / "empty.jpg").touch()
-    report = go(segmenter, own, tmp_path / "out")
+def test_a_bad_photo_is_named_and_the_others_continue(segmenter: Segmenter, photo_copies: Path, tmp_path: Path) -> None:
+    (photo_copies / "a" / "002.jpg").write_bytes(b"no photo")
+    (photo_copies / "empty.jpg").touch()
+    report = segment_folder(segmenter, photo_copies, tmp_path / "out")
     assert (report.done, len(report.failed), report.skipped) == (7, 2, 0)
-    assert sorted(line.partition(":")[0] for line in report.failed) == [str(own / "a/002.jpg"), str(own / "empty.jpg")]
+    assert sorted(line.partition(":")[0] for line in report.failed) == [
+        str(photo_copies / "a/002.jpg"),
+        str(photo_copies / "empty.jpg"),
+    ]
     assert len(tree(tmp_path / "out")) == 7
 
 
-def test_what_was_known_to_be_wrong_is_told_as_it_was_found(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
-    items = [Item(own / "a" / "000.jpg", PurePath("0"), problem="photos/*.png: no file fits this pattern")]
+def test_a_problem_found_by_the_search_is_reported_unchanged(
+    segmenter: Segmenter, photo_copies: Path, tmp_path: Path
+) -> None:
+    items = [Item(photo_copies / "a" / "000.jpg", PurePath("0"), problem="photos/*.png: no file fits this pattern")]
     report = segment_photos(items, segmenter, ImageSink(tmp_path / "out", picture("mask"), items), ignore)
     assert report.failed == ["photos/*.png: no file fits this pattern"]
     assert tree(tmp_path / "out") == {}
 
 
-def test_a_result_that_cannot_be_written_stops_no_other(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_an_unwritable_result_does_not_stop_the_others(
+    segmenter: Segmenter, photo_copies: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out" / "a" / "002.png").mkdir(parents=True)
-    report = go(segmenter, own, tmp_path / "out")
+    report = segment_folder(segmenter, photo_copies, tmp_path / "out")
     assert report.done == 7
     (line,) = report.failed
-    assert line.startswith(f"{own / 'a/002.jpg'}: its result {tmp_path / 'out/a/002.png'} cannot be written")
+    assert line.startswith(f"{photo_copies / 'a/002.jpg'}: its result {tmp_path / 'out/a/002.png'} cannot be written")
     assert len(tree(tmp_path / "out")) == 7
 
 
-def test_an_image_that_was_given_as_bytes_is_segmented(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
-    data = (own / "a" / "000.jpg").read_bytes()
+def test_an_image_given_as_bytes_is_segmented(segmenter: Segmenter, photo_copies: Path, tmp_path: Path) -> None:
+    data = (photo_copies / "a" / "000.jpg").read_bytes()
     item = Item(STDIN, PurePath("stdin"), data=data)
     report = segment_photos([item], segmenter, ImageSink(tmp_path / "out", picture("mask"), [item]), ignore)
     assert report.done == 1
@@ -193,32 +200,32 @@ def test_an_image_that_was_given_as_bytes_is_segmented(segmenter: Segmenter, own
         np.testing.assert_array_equal(np.array(saved) == 255, segmenter(data).mask)
 
 
-def test_without_a_pet_nothing_is_found(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_photos_without_a_pet_are_not_counted_as_found(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "in" / "sky.png")
     told: list[Outcome[Item, Done]] = []
-    go(segmenter, tmp_path / "in", tmp_path / "out", watch=told.append)
+    segment_folder(segmenter, tmp_path / "in", tmp_path / "out", watch=told.append)
     done = told[0].value
     assert done is not None
     assert (done.coverage, done.found, done.box) == (0.0, False, None)
 
 
-def test_no_photos_at_all_are_no_error(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_an_empty_list_of_photos_is_not_an_error(segmenter: Segmenter, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    report = go(segmenter, tmp_path / "in", tmp_path / "out")
+    report = segment_folder(segmenter, tmp_path / "in", tmp_path / "out")
     assert (report.done, report.failed, report.skipped, report.steps) == (0, [], 0, {})
 
 
-def test_the_report_says_what_each_step_took(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
-    (own / "a" / "002.jpg").write_bytes(b"no photo")
-    report = go(segmenter, own, tmp_path / "out")
+def test_the_report_has_the_time_of_each_step(segmenter: Segmenter, photo_copies: Path, tmp_path: Path) -> None:
+    (photo_copies / "a" / "002.jpg").write_bytes(b"no photo")
+    report = segment_folder(segmenter, photo_copies, tmp_path / "out")
     assert list(report.steps) == ["read", "infer", "write"]
     for seconds in report.steps.values():
         assert 0 < seconds["p50"] <= seconds["p95"] <= seconds["p99"] <= 1.02 * seconds["sum"]
     assert report.seconds > 0
 
 
-def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_times_are_kept(
+def test_step_times_cover_the_photos_that_reached_a_step_and_are_not_kept(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = [{"read": 1.0, "infer": 10.0}, {"read": 3.0}, {"read": 2.0, "infer": 30.0}]
@@ -239,7 +246,7 @@ def test_what_steps_took_is_over_the_photos_that_came_to_them_and_no_photos_time
     assert report.steps["read"]["p50"] == pytest.approx(2.0, rel=0.02)
 
 
-def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arrays(
+def test_for_masks_alone_photos_are_not_kept_or_converted_to_arrays(
     segmenter: Segmenter, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Making such an array of a large photo takes as long as its mask."""
@@ -264,7 +271,7 @@ def test_where_only_masks_are_wanted_the_photos_are_not_kept_and_never_whole_arr
     assert kept == whole == [False] * COUNT + [True] * COUNT
 
 
-# ------------------------------------------------------------------------------------------------ beside a GPU
+# -------------------------------------------------------------------------------------------------- with a GPU
 
 
 class Gpu(Engine):
@@ -317,7 +324,7 @@ class Watched(Segmenter):
         return super().finish(prepared, probability)
 
 
-def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
+def test_with_a_gpu_several_photos_are_read_and_written_concurrently(
     model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = find_photos([photos])[:8]
@@ -330,7 +337,7 @@ def test_beside_a_gpu_several_photos_are_read_and_written_at_a_time(
         assert all(isinstance(result, Segmentation) for result in segmenter.map(item.source for item in items))
 
 
-def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu_batches_fill_up(model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items, ahead = find_photos([photos]), threading.Semaphore(0)
 
     def all_ahead() -> None:
@@ -345,7 +352,7 @@ def test_beside_a_gpu_batches_fill(model: Path, photos: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("threads", "cpus", "workers"), [(None, 6, 6), (3, 6, 3), (None, 64, MAX_WORKERS)])
-def test_beside_a_gpu_the_cpus_are_for_reading_and_writing(
+def test_with_a_gpu_the_cpus_read_and_write(
     model: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, cpus: int, workers: int
 ) -> None:
     monkeypatch.setattr("petseg_runtime.host.usable_cpus", lambda: cpus)
@@ -353,7 +360,7 @@ def test_beside_a_gpu_the_cpus_are_for_reading_and_writing(
         assert segmenter.workers == workers
 
 
-def test_on_the_cpu_as_many_photos_are_read_at_a_time_as_are_inferred(model: Path) -> None:
+def test_on_the_cpu_as_many_photos_are_read_as_inferred_concurrently(model: Path) -> None:
     for streams in (1, 2):
         with Segmenter(model, backend="onnxruntime", threads=3, streams=streams) as segmenter:
             assert segmenter.workers == streams
@@ -370,7 +377,7 @@ def undisturbed(segmenter: Segmenter, photos: Path, tmp_path_factory: pytest.Tem
     """The results of a run that is not interrupted, of each kind."""
     root = tmp_path_factory.mktemp("undisturbed")
     for kind in KINDS:
-        go(segmenter, photos, root / kind, kind)
+        segment_folder(segmenter, photos, root / kind, kind)
     return {kind: tree(root / kind) for kind in KINDS}
 
 
@@ -391,14 +398,14 @@ def stopping(after: int) -> Callable[[Outcome[Item, Done]], None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+def test_a_stopped_run_resumes_with_identical_results(
     model: Path, photos: Path, tmp_path: Path, undisturbed: dict[str, Any], kind: str
 ) -> None:
     out = tmp_path / "out"
     with Counted(model) as first, pytest.raises(Stop):
-        go(first, photos, out, kind, watch=stopping(after=9))
+        segment_folder(first, photos, out, kind, watch=stopping(after=9))
     with Counted(model) as second:
-        report = go(second, photos, out, kind, resume=True)
+        report = segment_folder(second, photos, out, kind, resume=True)
     assert (report.done, report.failed, report.skipped) == (COUNT - 10, [], 10)
     assert len(second.seen) == COUNT - 10, "no photo that was reported is done twice"
     assert {*first.seen, *second.seen} == {image_of(path) for path in photos.rglob("*.jpg")}
@@ -413,7 +420,7 @@ def image_of(path: Path) -> bytes:
 
 @given(stops=st.lists(st.integers(0, 12), min_size=1, max_size=4), kind=st.sampled_from(["mask", "coco-rle"]))
 @settings(max_examples=12)
-def test_it_may_be_stopped_any_number_of_times_anywhere(
+def test_a_run_can_be_stopped_anywhere_any_number_of_times(
     tmp_path_factory: pytest.TempPathFactory,
     segmenter: Segmenter,
     photos: Path,
@@ -425,27 +432,27 @@ def test_it_may_be_stopped_any_number_of_times_anywhere(
     behind = 0
     for after in stops:
         try:
-            go(segmenter, photos, out, kind, resume=True, watch=stopping(after))
+            segment_folder(segmenter, photos, out, kind, resume=True, watch=stopping(after))
             behind = COUNT
         except Stop:
             behind += after + 1
-    report = go(segmenter, photos, out, kind, resume=True)
+    report = segment_folder(segmenter, photos, out, kind, resume=True)
     assert (report.done, report.failed, report.skipped) == (COUNT - behind, [], behind)
     assert tree(out) == undisturbed[kind]
 
 
-def test_an_engine_that_fails_ends_the_run_and_the_next_goes_on(
+def test_a_failing_engine_ends_the_run_and_the_next_resumes(
     model: Path, segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     with Counted(model, fails_after=15) as broken, pytest.raises(EngineError, match="the engine broke"):
-        go(broken, photos, tmp_path / "out")
-    report = go(segmenter, photos, tmp_path / "out", resume=True)
+        segment_folder(broken, photos, tmp_path / "out")
+    report = segment_folder(segmenter, photos, tmp_path / "out", resume=True)
     assert report.done + report.skipped == COUNT
     assert 0 < report.skipped <= 15
     assert tree(tmp_path / "out") == undisturbed["mask"]
 
 
-def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+def test_a_full_disk_ends_the_run_and_the_next_resumes(
     segmenter: Segmenter, photos: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
     class Full:
@@ -463,51 +470,53 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
             return self._sink.write(item, result)
 
     with pytest.raises(OutputError, match="no space left"):
-        go(segmenter, photos, tmp_path / "out", sink=Full)
+        segment_folder(segmenter, photos, tmp_path / "out", sink=Full)
     assert len(tree(tmp_path / "out")) == 11
-    report = go(segmenter, photos, tmp_path / "out", resume=True)
+    report = segment_folder(segmenter, photos, tmp_path / "out", resume=True)
     assert report.done + report.skipped == COUNT
     assert tree(tmp_path / "out") == undisturbed["mask"]
 
 
-def test_what_is_done_is_not_touched_again(model: Path, photos: Path, tmp_path: Path) -> None:
+def test_finished_results_are_not_touched_again(model: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Counted(model) as segmenter:
-        go(segmenter, photos, out)
+        segment_folder(segmenter, photos, out)
         before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
         segmenter.seen.clear()
-        report = go(segmenter, photos, out, resume=True)
+        report = segment_folder(segmenter, photos, out, resume=True)
         assert (report.done, report.skipped, segmenter.seen) == (0, COUNT, [])
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
 
 
-def test_only_what_changed_is_done_again(model: Path, own: Path, tmp_path: Path) -> None:
+def test_only_changed_photos_are_redone(model: Path, photo_copies: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Counted(model) as segmenter:
-        go(segmenter, own, out)
+        segment_folder(segmenter, photo_copies, out)
         whole = tree(out)
-        Image.fromarray(draw_pet(99)).save(own / "a" / "000.jpg")  # changed
+        Image.fromarray(draw_pet(99)).save(photo_copies / "a" / "000.jpg")  # changed
         (out / "a" / "002.png").unlink()  # gone
         cut = out / "b" / "003.png"
         cut.write_bytes(cut.read_bytes()[:40])  # truncated
-        Image.fromarray(draw_pet(98)).save(own / "new.jpg")  # new
+        Image.fromarray(draw_pet(98)).save(photo_copies / "new.jpg")  # new
         segmenter.seen.clear()
-        report = go(segmenter, own, out, resume=True)
+        report = segment_folder(segmenter, photo_copies, out, resume=True)
         assert (report.done, report.skipped) == (4, 5)
         assert sorted(segmenter.seen) == sorted(
-            image_of(own / name) for name in ("a/000.jpg", "a/002.jpg", "b/003.jpg", "new.jpg")
+            image_of(photo_copies / name) for name in ("a/000.jpg", "a/002.jpg", "b/003.jpg", "new.jpg")
         )
         after = tree(out)
         assert {name for name in after if after[name] != whole.get(name)} == {"a/000.png", "new.png"}
         with Image.open(out / "a" / "000.png") as saved:
-            np.testing.assert_array_equal(np.array(saved) == 255, segmenter(own / "a" / "000.jpg").mask)
+            np.testing.assert_array_equal(np.array(saved) == 255, segmenter(photo_copies / "a" / "000.jpg").mask)
 
 
-def test_whoever_watches_is_told_how_many_are_left(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_the_progress_callback_gets_the_number_remaining(
+    segmenter: Segmenter, photo_copies: Path, tmp_path: Path
+) -> None:
     told: list[Any] = []
     for resume in (False, True, True):
         watched = len(told)
-        go(segmenter, own, tmp_path / "out", resume=resume, begun=told.append, watch=told.append)
+        segment_folder(segmenter, photo_copies, tmp_path / "out", resume=resume, begun=told.append, watch=told.append)
         left, *outcomes = told[watched:]
         assert left == len(outcomes)
         (tmp_path / "out" / "a" / "002.png").unlink()
@@ -515,15 +524,15 @@ def test_whoever_watches_is_told_how_many_are_left(segmenter: Segmenter, own: Pa
     assert [left for left in told if isinstance(left, int)] == [8, 2, 2]
 
 
-def test_what_failed_is_tried_again(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
-    good = (own / "a" / "002.jpg").read_bytes()
-    (own / "a" / "002.jpg").write_bytes(b"no photo")
+def test_failed_photos_are_retried(segmenter: Segmenter, photo_copies: Path, tmp_path: Path) -> None:
+    good = (photo_copies / "a" / "002.jpg").read_bytes()
+    (photo_copies / "a" / "002.jpg").write_bytes(b"no photo")
     for resume in (False, True):
-        report = go(segmenter, own, tmp_path / "out", resume=resume)
+        report = segment_folder(segmenter, photo_copies, tmp_path / "out", resume=resume)
         assert len(report.failed) == 1
     assert (report.done, report.skipped) == (0, 7)
-    (own / "a" / "002.jpg").write_bytes(good)
-    report = go(segmenter, own, tmp_path / "out", resume=True)
+    (photo_copies / "a" / "002.jpg").write_bytes(good)
+    report = segment_folder(segmenter, photo_copies, tmp_path / "out", resume=True)
     assert (report.done, report.failed, report.skipped) == (1, [], 7)
 
 
@@ -534,16 +543,16 @@ def annotated(out: Path) -> dict[str, Any]:
     return {names[annotation["image_id"]]: annotation["area"] for annotation in file["annotations"]}
 
 
-def test_a_coco_file_knows_only_photos_as_they_are_now(segmenter: Segmenter, own: Path, tmp_path: Path) -> None:
+def test_a_coco_file_has_only_current_photos(segmenter: Segmenter, photo_copies: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = go(segmenter, own, out, "coco-rle")
+    report = segment_folder(segmenter, photo_copies, out, "coco-rle")
     assert report.path == out / "annotations.json"
     first = annotated(out)
     assert set(first) == {f"{index:03d}.jpg" for index in range(8)}
-    (own / "a" / "000.jpg").write_bytes(b"no photo any more")
-    (own / "a" / "002.jpg").unlink()
-    Image.fromarray(draw_pet(99)).save(own / "a" / "004.jpg")
-    report = go(segmenter, own, out, "coco-rle", resume=True)
+    (photo_copies / "a" / "000.jpg").write_bytes(b"no photo any more")
+    (photo_copies / "a" / "002.jpg").unlink()
+    Image.fromarray(draw_pet(99)).save(photo_copies / "a" / "004.jpg")
+    report = segment_folder(segmenter, photo_copies, out, "coco-rle", resume=True)
     assert (report.done, len(report.failed), report.skipped) == (1, 1, 5)
     second = annotated(out)
     assert set(second) == set(first) - {"000.jpg", "002.jpg"}
@@ -556,7 +565,7 @@ PHOTOS = 500
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five hundred small photos."""
     return write_photos(tmp_path_factory.mktemp("many") / "photos", PHOTOS)
 
@@ -614,10 +623,10 @@ def noted(out: Path) -> dict[Path, int]:
 @pytest.mark.parametrize(
     ("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated"), (1, 129, "hung up")]
 )
-def test_a_signal_leaves_whole_photos_and_a_whole_journal(
-    model: Path, many: Path, tmp_path: Path, number: int, code: int, said: str
+def test_a_signal_leaves_complete_results_and_journal(
+    model: Path, many_photos: Path, tmp_path: Path, number: int, code: int, said: str
 ) -> None:
-    done = stop_at(30, number, command(model, many, tmp_path / "out"), tmp_path / "out")
+    done = stop_at(30, number, command(model, many_photos, tmp_path / "out"), tmp_path / "out")
     assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "result"
     there = {path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != JOURNAL}
@@ -628,12 +637,10 @@ def test_a_signal_leaves_whole_photos_and_a_whole_journal(
     assert 20 < len(there) < PHOTOS
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
-    model: Path, many: Path, tmp_path: Path
-) -> None:
+def test_a_repeatedly_killed_run_gives_identical_results(model: Path, many_photos: Path, tmp_path: Path) -> None:
     """kill -9 three times, SIGTERM once and Ctrl-C once, with five hundred photos."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    call = command(model, many, out)
+    call = command(model, many_photos, out)
     codes = []
     before: dict[Path, int] = {}
     signals = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
@@ -646,10 +653,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
                 with Image.open(path) as mask:
                     mask.load()
         now = noted(out)
-        assert now.items() >= before.items(), "what was noted is not written again"
+        assert now.items() >= before.items(), "noted results are not written again"
         assert len(before) < len(now) < PHOTOS
         before = now
-        photos = [path.relative_to(many) for path in sorted(many.rglob("*.*"))]
+        photos = [path.relative_to(many_photos) for path in sorted(many_photos.rglob("*.*"))]
         left = next(photo for photo in photos if (out / photo).with_suffix(".png") not in now)
         # A kill rarely falls between write and rename.
         (out / left.with_name(f".{left.stem}.0123abcd.part.png")).write_bytes(b"half")
@@ -660,16 +667,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     assert (summary["photos"], summary["failed"], summary["skipped"]) == (PHOTOS, 0, len(before))
     assert summary["done"] == PHOTOS - len(before)
     assert noted(out).items() >= before.items()
-    undisturbed = subprocess.run(command(model, many, whole), capture_output=True, text=True, timeout=100)
+    undisturbed = subprocess.run(command(model, many_photos, whole), capture_output=True, text=True, timeout=100)
     assert undisturbed.returncode == 0
     assert len(tree(whole)) == PHOTOS
     assert tree(out) == tree(whole)
 
 
 @pytest.mark.parametrize("step", ["prepare_opened", "finish"])
-def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
-    model: Path, own: Path, tmp_path: Path, step: str
-) -> None:
+def test_a_photo_too_large_for_memory_fails_alone(model: Path, photo_copies: Path, tmp_path: Path, step: str) -> None:
     class Small(Segmenter):
         """Runs out of memory at the third photo."""
 
@@ -683,16 +688,16 @@ def test_a_photo_that_does_not_fit_into_the_memory_fails_alone(
             return super().__getattribute__(name)
 
     with Small(model, backend="onnxruntime", threads=1) as segmenter:
-        report = go(segmenter, own, tmp_path / "out", "mask")
+        report = segment_folder(segmenter, photo_copies, tmp_path / "out", "mask")
     assert report.done == 7
     assert len(report.failed) == 1
     assert "not enough memory for it; make it smaller first" in report.failed[0]
 
 
 @pytest.mark.parametrize("kind", sorted(sinks.KINDS))
-def test_what_a_result_takes_in_memory_is_counted(own: Path, segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
+def test_the_memory_of_results_is_counted(photo_copies: Path, segmenter: Segmenter, tmp_path: Path, kind: str) -> None:
     asked: list[int] = []
-    items = [Item(next(own.rglob("*.jpg")), PurePath("one"))]
+    items = [Item(next(photo_copies.rglob("*.jpg")), PurePath("one"))]
     for spare in (0, sinks.KINDS[kind].spare):
         sink = ImageSink(tmp_path / str(spare), picture("mask"), items)
         read = batch._steps(segmenter, sink, True, False, spare).read

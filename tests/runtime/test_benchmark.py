@@ -31,7 +31,7 @@ from petseg_runtime.spec import ModelSpec
 SHORT = 0.01
 
 
-def test_every_engine_that_works_is_measured_and_every_other_is_listed(proven: Artifact) -> None:
+def test_working_engines_are_measured_and_the_others_listed(proven: Artifact) -> None:
     done = measure(proven, threads=2, seconds=SHORT)
     names = [(row.info.name, row.info.device) for row in done.rows]
     assert ("onnxruntime", "cpu") in names
@@ -44,7 +44,7 @@ def test_every_engine_that_works_is_measured_and_every_other_is_listed(proven: A
     assert all(check.why and not check.works for check in done.failed)
 
 
-def test_each_round_has_its_times(proven: Artifact) -> None:
+def test_each_round_has_separate_times(proven: Artifact) -> None:
     done = measure(proven, ["onnxruntime"], "cpu", threads=2, batch=3, seconds=SHORT)
     (row,) = done.rows
     assert done.failed == ()
@@ -57,12 +57,12 @@ def test_each_round_has_its_times(proven: Artifact) -> None:
     assert set(row.stages) == set(STAGES)
     lengths = {len(values) for values in row.stages.values()}
     assert len(lengths) == 1
-    assert lengths.pop() % 6 == 0, "whole passes over the sample photos"
+    assert lengths.pop() % 6 == 0, "complete passes over the sample photos"
     total = np.array(row.stages["total"])
     assert np.allclose(total, sum(np.array(row.stages[stage]) for stage in STAGES[:-1]))
 
 
-def test_what_computes_in_less_is_measured_in_float32_too(blur: Any, tmp_path: Path) -> None:
+def test_engines_below_float32_are_also_measured_in_float32(blur: Any, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     artifact = blur(tmp_path / "blur.onnx")
     done = measure(artifact, ["openvino"], "cpu", threads=1, seconds=SHORT)
@@ -135,7 +135,7 @@ def abaci(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Abacus
     assert all(engine.closed for engine in made)
 
 
-def test_latency_has_one_caller_and_throughput_as_many_as_threads(
+def test_latency_uses_one_caller_and_throughput_one_per_thread(
     abaci: Callable[..., list[Abacus]], proven: Artifact
 ) -> None:
     made = abaci()
@@ -155,7 +155,7 @@ def test_latency_has_one_caller_and_throughput_as_many_as_threads(
     assert [(row.exact, row.info.precision, row.callers) for row in done.rows] == [(False, "bf16", 3), (True, "f32", 3)]
 
 
-def test_an_engine_that_fails_while_it_is_timed_leaves_with_its_reason(
+def test_an_engine_that_fails_while_timed_is_dropped_with_its_reason(
     abaci: Callable[..., list[Abacus]], proven: Artifact
 ) -> None:
     abaci(fails=5)
@@ -164,7 +164,7 @@ def test_an_engine_that_fails_while_it_is_timed_leaves_with_its_reason(
     assert [check.why for check in done.failed] == ["failed while it was measured: a bead fell off"] * 2
 
 
-def test_an_engine_that_fails_to_load_leaves_with_its_reason(
+def test_an_engine_that_fails_to_load_is_dropped_with_its_reason(
     abaci: Callable[..., list[Abacus]], proven: Artifact
 ) -> None:
     abaci(exact_fails=True)
@@ -173,7 +173,7 @@ def test_an_engine_that_fails_to_load_leaves_with_its_reason(
     assert [(check.works, check.why) for check in done.failed] == [(False, "no beads so fine")]
 
 
-def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None:
+def test_ctrl_c_exits_with_130_and_empty_stdout(proven: Artifact) -> None:
     # Background jobs of a shell, and their children, ignore this signal by default.
     text = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from petseg.cli import main; main()"
@@ -192,7 +192,7 @@ def test_ctrl_c_ends_it_with_130_and_nothing_on_stdout(proven: Artifact) -> None
     assert (process.returncode, out, err.strip()) == (130, "", "petseg: interrupted")
 
 
-def test_where_one_caller_fails_the_others_end_with_their_run() -> None:
+def test_if_one_caller_fails_the_others_stop_after_their_run() -> None:
     """It does not wait for the rest of the time."""
     spec = ModelSpec(name="toy", height=16, width=32)
     engine = Abacus(spec, EngineOptions(streams=2), fails=50)
@@ -200,7 +200,7 @@ def test_where_one_caller_fails_the_others_end_with_their_run() -> None:
         benchmark._runs_per_second(engine, np.zeros((1, 16, 32, 3), np.uint8), 2, seconds=10_000)
 
 
-def test_the_summary_is_of_all_runs_and_the_spread_of_the_rounds() -> None:
+def test_the_summary_covers_all_runs_and_the_spread_covers_rounds() -> None:
     times = [[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]
     stages = {stage: [1.0, 3.0, 8.0] for stage in STAGES}
     row = Row(
@@ -226,12 +226,12 @@ def test_the_summary_is_of_all_runs_and_the_spread_of_the_rounds() -> None:
         ([["onnxruntime"], "intel-gpu"], "onnxruntime: not available on intel-gpu"),
     ],
 )
-def test_what_there_is_not_is_refused(proven: Artifact, args: list[Any], said: str) -> None:
+def test_unknown_engines_and_devices_are_rejected(proven: Artifact, args: list[Any], said: str) -> None:
     with pytest.raises(EngineError, match=said):
         measure(proven, *args, seconds=SHORT)
 
 
-def test_people_get_a_table_of_each_thing_that_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_output_has_tables_of_at_most_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--backend", "onnxruntime", "--threads", "1", "--seconds", str(SHORT)]
     assert run(["benchmark", *args]) == 0
     out, err = capsys.readouterr()
@@ -263,10 +263,10 @@ def test_the_tables_fit_100_columns_with_long_names_and_large_numbers(proven: Ar
     done = Benchmark(rows=(row,), failed=(), host=host(), gpus=(), threads=128, batch=64, seconds=15)
     lines = list(_text(proven, done))
     assert any("per batch of 64" in line for line in lines)
-    assert max(map(len, lines[2:])) <= 100, "behind the model's name and the machine's"
+    assert max(map(len, lines[2:])) <= 100, "all lines after those of the model and the machine"
 
 
-def test_programs_get_every_time(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_output_has_every_time(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--backend", "onnxruntime", "--device", "cpu", "--threads", "1", "--batch", "2", "--seconds", str(SHORT)]
     assert run(["benchmark", str(proven.path), *args, "--json", "-q"]) == 0
     out, err = capsys.readouterr()
@@ -288,7 +288,7 @@ def test_programs_get_every_time(proven: Artifact, capsys: pytest.CaptureFixture
     assert raw["stages_ms"].keys() == row["stages_p50_ms"].keys() == set(STAGES)
 
 
-def test_where_nothing_can_be_measured_that_is_5_and_why(
+def test_if_nothing_can_be_measured_it_exits_with_5_and_the_reasons(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "read_gpus", lambda: ((), "its driver is gone"))
@@ -299,12 +299,12 @@ def test_where_nothing_can_be_measured_that_is_5_and_why(
     assert all("no NVIDIA GPU" in line and "(its driver is gone)" in line for line in listed)
 
 
-def test_a_file_that_is_no_model_is_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_model_exits_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["benchmark", str(tmp_path / "missing.onnx"), "-q"]) == 4
     assert capsys.readouterr().out == ""
 
 
-def test_the_result_says_what_machine_it_is_of(proven: Artifact) -> None:
+def test_the_result_describes_the_machine(proven: Artifact) -> None:
     done: Benchmark = measure(proven, ["onnxruntime"], "cpu", threads=1, seconds=SHORT)
     assert done.host.cpu.cores >= 1
     assert done.gpus == doctor.read_gpus()[0]

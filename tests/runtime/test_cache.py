@@ -67,10 +67,10 @@ def sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-# ------------------------------------------------------------------------------------------------- where it lies
+# ------------------------------------------------------------------------------------------------------ location
 
 
-def test_the_folder_is_the_users_own_or_the_one_that_is_named(
+def test_the_cache_folder_is_the_users_or_the_configured_one(
     isolated_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(cache.VARIABLE, raising=False)
@@ -86,7 +86,7 @@ def test_the_folder_is_the_users_own_or_the_one_that_is_named(
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["platformdirs refuses", "platformdirs names a folder ~"])
-def test_without_a_home_nothing_is_kept_and_the_reason_said(
+def test_without_a_home_nothing_is_cached_and_the_reason_is_given(
     older: bool, make: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a container that runs under a user ID that is not in its /etc/passwd."""
@@ -107,7 +107,7 @@ def test_without_a_home_nothing_is_kept_and_the_reason_said(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_is_made_for_the_user_alone(folder: Path, make: Compiler) -> None:
+def test_the_folder_is_private_to_the_user(folder: Path, make: Compiler) -> None:
     before = os.umask(0)
     try:
         compiled(SLOT, make)
@@ -116,7 +116,7 @@ def test_the_folder_is_made_for_the_user_alone(folder: Path, make: Compiler) -> 
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_without_a_cache_everything_is_compiled_and_nothing_is_said(
+def test_without_a_cache_everything_is_compiled_silently(
     make: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, "")
@@ -128,10 +128,10 @@ def test_without_a_cache_everything_is_compiled_and_nothing_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------- keeping
+# ----------------------------------------------------------------------------------------- hits and misses
 
 
-def test_what_was_compiled_once_comes_from_the_cache(folder: Path, make: Compiler) -> None:
+def test_a_second_request_is_served_from_the_cache(folder: Path, make: Compiler) -> None:
     first, second = compiled(SLOT, make), compiled(SLOT, make)
     assert (first.data, first.environment) == (second.data, second.environment) == (b"compiled 1", {"count": 1})
     assert re.fullmatch(r"compiled in \d+\.\d s", first.note)
@@ -144,7 +144,7 @@ def test_what_was_compiled_once_comes_from_the_cache(folder: Path, make: Compile
 
 
 @pytest.mark.parametrize("part", [part.name for part in dataclasses.fields(Key)])
-def test_whatever_the_file_depends_on_makes_another_entry(part: str, folder: Path, make: Compiler) -> None:
+def test_each_part_of_the_key_gives_a_separate_entry(part: str, folder: Path, make: Compiler) -> None:
     changed: Any = {"profile": None} if part == "settings" else "other"
     other = Slot(dataclasses.replace(KEY, **{part: changed}), "engine")
     compiled(SLOT, make)
@@ -159,7 +159,7 @@ def test_the_order_of_settings_does_not_matter(folder: Path, make: Compiler) -> 
     assert make.count == 1
 
 
-def test_a_compiler_that_fails_leaves_nothing_and_does_not_lock_others_out(folder: Path, make: Compiler) -> None:
+def test_a_failing_compiler_leaves_no_files_and_no_lock(folder: Path, make: Compiler) -> None:
     def fail() -> tuple[bytes, dict[str, Any]]:
         raise KeyError("of the compiler's own")
 
@@ -180,7 +180,7 @@ def test_a_compiler_that_fails_leaves_nothing_and_does_not_lock_others_out(folde
         ({"version": "10.8.0", "settings": {}}, ""),
     ],
 )
-def test_what_was_compiled_for_another_version_is_said_and_stays(
+def test_an_entry_of_another_version_is_reported_and_kept(
     changes: dict[str, Any], words: str, folder: Path, make: Compiler
 ) -> None:
     older = Slot(dataclasses.replace(KEY, **changes), "engine")
@@ -189,13 +189,13 @@ def test_what_was_compiled_for_another_version_is_said_and_stays(
     assert older.read()[0]
 
 
-def test_of_several_older_ones_the_newest_is_named(folder: Path, make: Compiler) -> None:
+def test_of_several_older_entries_the_newest_is_named(folder: Path, make: Compiler) -> None:
     for version in ("10.9.1", "10.7", "10.8"):
         compiled(Slot(dataclasses.replace(KEY, version=version), "engine"), make)
     assert compiled(SLOT, make).note.endswith(" s: tensorrt 10.9.0 instead of 10.8")
 
 
-# ------------------------------------------------------------------------------------------------- what is wrong
+# ----------------------------------------------------------------------------------------------- invalid entries
 
 
 def truncated(path: Path) -> None:
@@ -273,7 +273,7 @@ DAMAGED = "its description is damaged"
         pytest.param(described(bytes="many"), DAMAGED, id="no size"),
     ],
 )
-def test_an_entry_that_is_wrong_is_compiled_again_and_the_reason_said(
+def test_an_invalid_entry_is_recompiled_and_the_reason_reported(
     spoil: Callable[[Path], None], words: str, folder: Path, make: Compiler
 ) -> None:
     compiled(SLOT, make)
@@ -285,17 +285,17 @@ def test_an_entry_that_is_wrong_is_compiled_again_and_the_reason_said(
     assert compiled(SLOT, make) == Compiled(data=b"compiled 2", environment={"count": 2})
 
 
-def test_a_file_that_an_engine_refuses_is_compiled_again(folder: Path, make: Compiler) -> None:
+def test_a_file_rejected_by_the_engine_is_recompiled(folder: Path, make: Compiler) -> None:
     compiled(SLOT, make)
     assert compiled(SLOT, make, again="the engine refuses it").why == "the engine refuses it"
     assert compiled(SLOT, make).data == b"compiled 2"
 
 
-# ------------------------------------------------------------------------------------------------- whose it is
+# --------------------------------------------------------------------------------------------------- ownership
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
-def test_a_folder_that_others_may_write_to_is_not_used(mode: int, folder: Path, make: Compiler) -> None:
+def test_a_folder_writable_by_others_is_not_used(mode: int, folder: Path, make: Compiler) -> None:
     compiled(SLOT, make)
     folder.chmod(mode)
     again = compiled(SLOT, make)
@@ -312,7 +312,9 @@ def test_a_folder_that_others_may_write_to_is_not_used(mode: int, folder: Path, 
     assert compiled(SLOT, make).data == b"compiled 1"
 
 
-def test_a_folder_of_somebody_else_is_not_used(folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_owned_by_another_user_is_not_used(
+    folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled(SLOT, make)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
@@ -324,7 +326,7 @@ def test_a_folder_of_somebody_else_is_not_used(folder: Path, make: Compiler, mon
 
 
 @pytest.mark.parametrize("part", [lambda path: path, sidecar], ids=["file", "description"])
-def test_a_file_of_somebody_else_is_not_loaded(
+def test_a_file_owned_by_another_user_is_not_loaded(
     part: Callable[[Path], Path], folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled(SLOT, make)
@@ -343,10 +345,10 @@ def test_a_file_of_somebody_else_is_not_loaded(
     assert again.why.endswith(f"{part(SLOT.path(folder)).name} belongs to another user)")
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be kept
+# ----------------------------------------------------------------------------------------------------- unusable caches
 
 
-def test_a_cache_that_cannot_be_made_costs_time_and_not_results(folder: Path, make: Compiler) -> None:
+def test_a_cache_that_cannot_be_created_only_costs_time(folder: Path, make: Compiler) -> None:
     folder.parent.write_text("a file in its place")
     first = compiled(SLOT, make)
     assert (first.data, first.not_kept) == (b"compiled 1", "Not a directory")
@@ -363,7 +365,7 @@ def failing(number: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_full_disk_is_said_and_leaves_nothing_that_is_believed(
+def test_a_full_disk_is_reported_and_leaves_no_valid_entry(
     after: int, folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full before the compiled file, or between it and its JSON file."""
@@ -383,7 +385,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_is_believed(
     assert compiled(SLOT, make).data == b"compiled 2"
 
 
-def test_a_file_system_without_locks_keeps_nothing(
+def test_a_file_system_without_locks_disables_the_cache(
     folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
@@ -391,7 +393,7 @@ def test_a_file_system_without_locks_keeps_nothing(
     assert entries() == []
 
 
-def test_a_cache_that_can_only_be_read_is_used(folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_used(folder: Path, make: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled(SLOT, make)
     monkeypatch.setattr(os, "mkdir", failing(errno.EROFS))
     monkeypatch.setattr(cache, "_locked", failing(errno.EROFS))
@@ -401,7 +403,7 @@ def test_a_cache_that_can_only_be_read_is_used(folder: Path, make: Compiler, mon
     assert compiled(SLOT, make).note.endswith("SHA-256 differs; not kept: Read-only file system")
 
 
-# ------------------------------------------------------------------------------------------------- several at once
+# ----------------------------------------------------------------------------------------------------- concurrency
 
 WORKER = """
 import hashlib, os, sys, time
@@ -435,7 +437,7 @@ def worker(log: Path, how: str = "") -> subprocess.Popen[str]:
     return process
 
 
-def test_of_processes_that_want_the_same_at_once_one_compiles_and_all_get_it(folder: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_compile_an_entry_only_once(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     processes = [worker(log) for _ in range(4)]
     for process in processes:
@@ -453,7 +455,7 @@ def test_of_processes_that_want_the_same_at_once_one_compiles_and_all_get_it(fol
     assert hashlib.sha256(entry.path.read_bytes()).hexdigest() == digest
 
 
-def test_a_process_that_is_killed_while_it_compiles_does_not_lock_others_out(folder: Path, tmp_path: Path) -> None:
+def test_a_process_killed_while_compiling_leaves_no_lock(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     first, second = worker(log, "hang"), worker(log)
     assert first.stdin
@@ -469,7 +471,7 @@ def test_a_process_that_is_killed_while_it_compiles_does_not_lock_others_out(fol
     assert log.read_text().split() == [str(first.pid), str(second.pid)]
 
 
-def test_of_threads_that_want_the_same_at_once_one_compiles(folder: Path) -> None:
+def test_concurrent_threads_compile_an_entry_only_once(folder: Path) -> None:
     make, started = Compiler(), threading.Barrier(4)
 
     def compile_slowly() -> tuple[bytes, dict[str, Any]]:
@@ -506,7 +508,7 @@ def filled(folder: Path, make: Compiler) -> Path:
     return folder
 
 
-def test_all_that_is_ours_is_listed_with_what_is_wrong(filled: Path) -> None:
+def test_all_entries_are_listed_with_their_problems(filled: Path) -> None:
     found = entries()
     assert {(entry.path.name[:3], entry.path.suffix, entry.problem) for entry in found if entry.key is None} == {
         (".00", ".engine", "not finished"),
@@ -522,7 +524,7 @@ def test_all_that_is_ours_is_listed_with_what_is_wrong(filled: Path) -> None:
     assert all(entry.size == entry.path.stat().st_size + sidecar(entry.path).stat().st_size for entry in well)
 
 
-def test_clearing_removes_what_is_ours_and_follows_no_link(filled: Path) -> None:
+def test_clearing_removes_only_petsegs_files_and_follows_no_links(filled: Path) -> None:
     names = [
         path for path in filled.iterdir() if path.name != "README" and not (path.is_dir() and not path.is_symlink())
     ]
@@ -534,7 +536,7 @@ def test_clearing_removes_what_is_ours_and_follows_no_link(filled: Path) -> None
     assert entries() == []
 
 
-def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
+def test_clearing_keeps_the_lock_of_an_active_compilation(filled: Path) -> None:
     path = filled / f"{'4' * 64}.engine"
     with _locked(path):
         clear()
@@ -542,9 +544,7 @@ def test_clearing_leaves_the_lock_of_who_compiles(filled: Path) -> None:
     assert clear()[0] == 1
 
 
-def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
-    filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_waiter_on_a_cleared_lock_takes_the_new_one(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = filled / f"{'4' * 64}.engine"
     lock = path.with_name(f"{path.name}.lock")
     asks, order, real = threading.Event(), [], fcntl.flock
@@ -566,10 +566,10 @@ def test_who_waited_for_a_lock_that_was_cleared_takes_the_new_one(
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
-    assert lock.exists(), "held by the one that is to keep others out"
+    assert lock.exists(), "the waiter holds a lock file that others can see"
 
 
-def test_locks_are_cleared_where_the_file_system_has_none(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_files_are_cleared_on_file_systems_without_locks(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -579,7 +579,7 @@ def test_locks_are_cleared_where_the_file_system_has_none(filled: Path, monkeypa
     assert not [file for file in filled.iterdir() if file.name.endswith(".lock")]
 
 
-def test_what_cannot_be_removed_is_said_and_the_rest_is(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unremovable_files_are_reported_and_the_rest_is_removed(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -593,7 +593,7 @@ def test_what_cannot_be_removed_is_said_and_the_rest_is(filled: Path, monkeypatc
     assert [entry.path.suffix for entry in entries()] == [".kernels"]
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(folder: Path) -> None:
+def test_an_unreadable_folder_is_an_error(folder: Path) -> None:
     folder.parent.mkdir()
     folder.write_text("a file in its place")
     for ask in (entries, clear):
@@ -632,7 +632,7 @@ def test_the_command_lists_and_clears(filled: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"0 entries, 0.0 MB in {filled}\n"
 
 
-def test_the_command_says_that_nothing_is_kept(
+def test_the_command_says_that_the_cache_is_disabled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, "")
@@ -642,7 +642,7 @@ def test_the_command_says_that_nothing_is_kept(
     assert json.loads(capsys.readouterr().out) == {"schema_version": 1, "folder": None, "bytes": 0, "entries": []}
 
 
-def test_the_command_fails_with_6_where_it_may_not_clear(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_exits_with_6_if_it_cannot_clear(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled.chmod(0o777)
     assert run(["cache", "--clear"]) == 6
     assert "other users may write to" in capsys.readouterr().err
@@ -652,14 +652,12 @@ def test_the_command_fails_with_6_where_it_may_not_clear(filled: Path, capsys: p
 @pytest.mark.parametrize(
     ("seconds", "words"), [(-5, "0 s"), (59, "59 s"), (61, "1 min"), (7199, "1 h"), (90_000, "1 d"), (9e7, "1041 d")]
 )
-def test_ages_are_told_in_the_largest_unit(seconds: float, words: str) -> None:
+def test_ages_are_shown_in_the_largest_unit(seconds: float, words: str) -> None:
     now = datetime.datetime(2026, 3, 29, 1, 30, tzinfo=datetime.UTC)
     assert _age((now - datetime.timedelta(seconds=seconds)).isoformat(), now) == words
 
 
-def test_names_that_are_not_printable_are_escaped(
-    folder: Path, make: Compiler, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unprintable_names_are_escaped(folder: Path, make: Compiler, capsys: pytest.CaptureFixture[str]) -> None:
     compiled(Slot(dataclasses.replace(KEY, name="evil\x1b[2J\nname"), "engine"), make)
     run(["cache"])
     assert r"evil\x1b[2J\nname" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def test_cameras_are_listed_by_number_with_their_names(devices: Path) -> None:
     assert [str(camera) for camera in cameras.cameras()] == [f"{two} (HD Webcam: HD Webcam)", ten]
 
 
-def test_where_there_is_no_such_camera_the_others_are_named(devices: Path) -> None:
+def test_a_missing_camera_error_lists_the_existing_ones(devices: Path) -> None:
     missing = str(devices / "video7")
     assert why_not(missing) == (
         "there is no such camera; this machine has none: connect one (for a container, pass it with --device)"

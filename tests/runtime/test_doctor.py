@@ -39,22 +39,22 @@ def program(text: str, deadline: float = 60) -> dict[str, Any]:
     return ask((sys.executable, "-c", "import os, signal, sys, time\n" + text), deadline)
 
 
-def test_an_answer_is_taken_and_what_else_is_said_is_not() -> None:
+def test_a_probes_answer_is_read_and_other_output_ignored() -> None:
     assert program("print('noise', file=sys.stderr); print('{\"a\": [1]}')") == {"a": [1]}
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE"])
-def test_a_crash_is_reported_by_its_name_and_last_words(name: str) -> None:
+def test_a_crash_is_reported_with_its_signal_and_last_output(name: str) -> None:
     answer = program(f"print('first\\nlast  words\\n', file=sys.stderr); os.kill(os.getpid(), signal.{name})")
     assert answer == {"error": f"it crashed: {name} (last words)"}
 
 
-def test_an_instruction_that_the_processor_lacks_has_a_remedy() -> None:
+def test_an_illegal_instruction_has_a_remedy() -> None:
     error = program("os.kill(os.getpid(), signal.SIGILL)")["error"]
     assert error.startswith("it crashed: SIGILL, it uses instructions that this processor does not have: install")
 
 
-def test_a_process_that_the_system_ended_ran_out_of_memory() -> None:
+def test_a_process_killed_by_the_system_is_reported_as_out_of_memory() -> None:
     assert "SIGKILL, the system killed it, most likely because memory" in program("os.kill(os.getpid(), 9)")["error"]
 
 
@@ -64,7 +64,7 @@ def test_a_crash_after_the_answer_is_a_crash() -> None:
     assert program(f"print('{{}}', flush=True); {crash}") == {"error": "it crashed: SIGSEGV"}
 
 
-def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_hanging_probe_is_killed_with_its_children(tmp_path: Path) -> None:
     started = tmp_path / "started"
     text = (
         "import subprocess\n"
@@ -81,19 +81,19 @@ def test_a_hang_ends_with_all_that_it_started(tmp_path: Path) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return
         time.sleep(0.1)
-    pytest.fail("what the probe had started goes on")
+    pytest.fail("the probe's child process is still running")
 
 
 @pytest.mark.parametrize("rubbish", ["", "hello", "[1]", "null", "{", "7"])
-def test_rubbish_is_no_answer(rubbish: str) -> None:
+def test_invalid_output_is_not_an_answer(rubbish: str) -> None:
     assert program(f"print({rubbish!r})")["error"].startswith("it exited with code 0 and ")
 
 
-def test_an_answer_with_a_failure_is_none() -> None:
+def test_an_answer_with_a_nonzero_exit_code_is_a_failure() -> None:
     assert program("print('{}'); sys.exit(3)") == {"error": "it exited with code 3 and an answer"}
 
 
-def test_ctrl_c_ends_a_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     real = os.killpg
 
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_a_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ended) == 1
 
 
-def test_what_a_library_prints_does_not_spoil_the_answer() -> None:
+def test_a_librarys_output_does_not_corrupt_the_answer() -> None:
     text = (
         "from petseg_runtime import doctor_probe\n"
         "def noisy():\n"
@@ -122,7 +122,7 @@ def test_what_a_library_prints_does_not_spoil_the_answer() -> None:
     assert program(text) == {"a": 1}
 
 
-def test_whatever_a_library_raises_is_the_answer() -> None:
+def test_any_exception_of_a_library_is_reported() -> None:
     text = "from petseg_runtime import doctor_probe\nasked = doctor_probe.QUESTIONS\n"
     raises = "def odd():\n    raise {}\nasked['odd'] = odd\ndoctor_probe.main(['odd'])"
     assert program(text + raises.format("AttributeError('no\\n  kernels')")) == {"error": "AttributeError: no kernels"}
@@ -130,7 +130,7 @@ def test_whatever_a_library_raises_is_the_answer() -> None:
     assert program(ours) == {"error": "not here: do this"}
 
 
-def test_the_rule_is_the_registrys() -> None:
+def test_doctor_follows_the_registrys_rule() -> None:
     lines, problem = doctor.read_rule()
     assert problem == ""
     assert [(line.engine, line.device, line.text) for line in lines] == [(c.engine, c.kind, str(c)) for c in RULE]
@@ -142,7 +142,7 @@ def test_the_rule_is_the_registrys() -> None:
     assert (extras["onnxruntime", "cpu"], extras["onnxruntime", "cuda"]) == ("cpu", "gpu")
 
 
-def test_an_engine_works_if_its_masks_are_right() -> None:
+def test_an_engine_with_correct_masks_works() -> None:
     check = check_engine(ORT, ())
     assert check.works, check.why
     assert (check.why, check.device, check.precision, check.run_by_us) == ("", "cpu", "f32", True)
@@ -163,15 +163,13 @@ def test_an_engine_with_wrong_masks_does_not_work(proven: Artifact, toy: Any) ->
     assert check.why.startswith("its masks are wrong: largest difference ")
 
 
-def test_a_model_without_a_proof_runs_unproven(proven: Artifact) -> None:
+def test_a_model_without_parity_record_runs_unverified(proven: Artifact) -> None:
     parity.proof_of(proven.path).unlink()
     check = check_engine(ORT, (), model=proven.path)
     assert (check.works, check.photos, check.mean_mask_iou) == (True, 0, None)
 
 
-def test_a_proof_that_verify_would_refuse_proves_nothing_here_either(
-    proven: Artifact, prove: Callable[..., parity.Proof]
-) -> None:
+def test_a_parity_record_that_verify_rejects_is_not_used(proven: Artifact, prove: Callable[..., parity.Proof]) -> None:
     """It is of the same checkpoint, but not the parity record that this file was exported with."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"proof": prove(proven.spec, 7).identity})
@@ -184,32 +182,32 @@ def test_a_proof_that_verify_would_refuse_proves_nothing_here_either(
     assert check_engine(ORT, (), model=proven.path).photos == 7
 
 
-def test_a_file_that_is_no_model_is_why() -> None:
+def test_an_invalid_model_file_is_the_reported_reason() -> None:
     check = check_engine(ORT, (), model=Path("/nowhere.onnx"))
     assert not check.works
     assert check.why.startswith("/nowhere.onnx: ")
 
 
-def test_what_is_not_installed_is_not_tried_and_has_a_remedy() -> None:
+def test_a_missing_engine_is_not_tried_and_has_a_remedy() -> None:
     line = dataclasses.replace(ORT, engine="abacus", module="no_such_module", extra="abacus", run_by_us=False)
     check = check_engine(line, ())
     assert (check.works, check.packages, check.why) == (False, (), f"not installed: {install('abacus')}")
 
 
-def test_without_a_gpu_what_needs_one_is_not_tried() -> None:
+def test_without_a_gpu_gpu_engines_are_not_tried() -> None:
     line = dataclasses.replace(ORT, device="cuda")
     assert check_engine(line, ()).why == "not tried: no NVIDIA GPU was found"
     missing = dataclasses.replace(line, module="no_such_module")
     assert check_engine(missing, ()).why == "not tried: no NVIDIA GPU was found, and the engine is not installed"
 
 
-def test_an_engine_that_crashes_is_a_line_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crashing_engine_is_one_line_and_the_rest_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "probe", lambda *words, **_: {"error": "it crashed: SIGSEGV"})
     check = check_engine(dataclasses.replace(ORT, device="cuda"), (GPU,), "cuda:1")
     assert (check.device, check.works, check.why) == ("cuda:1", False, "it crashed: SIGSEGV")
 
 
-def test_an_engine_that_compiles_has_its_time_and_is_not_said_to_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiling_engine_gets_time_and_is_not_reported_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     deadlines: list[float] = []
 
     def slow(command: Any, deadline: float, late: str = "") -> dict[str, Any]:
@@ -228,7 +226,7 @@ def test_an_engine_that_compiles_has_its_time_and_is_not_said_to_hang(monkeypatc
     assert line.trying == "abacus on cuda, which may compile for minutes"
 
 
-def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
+def test_both_onnx_runtime_packages_at_once_are_a_problem_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert doctor._problems((), (), Ffmpeg()) == []
@@ -247,7 +245,7 @@ def test_both_packages_of_onnx_runtime_are_a_problem_with_a_remedy(
     assert f"pip uninstall onnxruntime onnxruntime-gpu, then {install('gpu')}" in problem
 
 
-def test_a_gpu_that_nothing_uses_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: list[str] = []
     monkeypatch.setattr(doctor, "_packages_of", lambda module: installed)
     check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
@@ -272,7 +270,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examination]:
         yield examine()
 
 
-def test_this_machine(found: Examination) -> None:
+def test_doctor_works_on_this_machine(found: Examination) -> None:
     assert found.host.cpu.cores >= 1
     assert {(check.engine, check.device) for check in found.engines} == {(c.engine, c.kind) for c in RULE}
     assert found.works
@@ -288,7 +286,7 @@ def test_this_machine(found: Examination) -> None:
         assert "CPU" in found.openvino_devices
 
 
-def test_codecs_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_codecs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_probe, "_DECODERS", ("h264", "no-such-codec"))
     assert doctor_probe.ffmpeg()["decoders"] == {"h264": True, "no-such-codec": False}
 
@@ -298,7 +296,7 @@ def texts(found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     return (run(["doctor", *args]), *capsys.readouterr())
 
 
-def test_people_get_a_page(
+def test_the_text_output_is_a_readable_page(
     found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = texts(dataclasses.replace(found, problems=("mend\nthis",)), monkeypatch, capsys)
@@ -313,7 +311,7 @@ def test_people_get_a_page(
     assert "decodes  h264 " in out
 
 
-def test_programs_get_all_of_it(
+def test_the_json_output_is_complete(
     found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = texts(found, monkeypatch, capsys, "--json")
@@ -337,7 +335,7 @@ def test_programs_get_all_of_it(
     }
 
 
-def test_where_nothing_works_the_code_is_5(
+def test_if_nothing_works_it_exits_with_5(
     found: Examination, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = dataclasses.replace(
@@ -364,7 +362,7 @@ def test_where_nothing_works_the_code_is_5(
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
+def test_wrong_masks_from_autos_choice_are_a_problem_and_exit_with_5(
     found: Examination, monkeypatch: pytest.MonkeyPatch, others: bool
 ) -> None:
     """The rule only checks that an engine loads, so `petseg infer` would use its masks."""
@@ -386,7 +384,7 @@ def test_an_engine_with_wrong_masks_that_auto_takes_is_a_problem_and_5(
     assert not result.works
 
 
-def test_where_numpy_does_not_work_that_is_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_numpy_is_the_reported_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     def stand_in(question: str, *words: str, **_: Any) -> dict[str, Any]:
         return {"error": "it crashed: SIGILL"} if question in ("rule", "auto") else probe(question, *words)
 
@@ -417,9 +415,7 @@ def test_doctor_itself_imports_neither_numpy_nor_an_engine() -> None:
     assert json.loads(done.stdout)["schema_version"] == 1
 
 
-def test_a_file_in_the_current_folder_is_not_taken_for_a_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_in_the_current_folder_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise SystemExit('this is not numpy')")
     monkeypatch.chdir(tmp_path)
     assert "rule" in probe("rule")

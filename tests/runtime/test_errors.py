@@ -24,7 +24,7 @@ def documented() -> dict[str, tuple[str | None, int | None]]:
     return tree
 
 
-def test_all_names_every_error_and_both_codes_in_order() -> None:
+def test_dunder_all_lists_every_error_and_both_codes_in_order() -> None:
     public = [name for name in vars(errors) if not name.startswith("_") and name not in ("ClassVar", "annotations")]
     assert sorted(errors.__all__) == sorted(public)
     assert errors.__all__ == sorted(errors.__all__, key=lambda name: (not name.isupper(), name))
@@ -49,7 +49,7 @@ def test_the_docstring_gives_each_class_its_exit_code() -> None:
             assert CLASSES[name].exit_code == code, name
 
 
-def test_every_family_has_a_code_of_its_own_that_nothing_else_uses() -> None:
+def test_every_error_family_has_a_unique_exit_code() -> None:
     families = errors.PetsegError.__subclasses__()
     codes = [family.exit_code for family in families if family is not errors.InputError]
     assert errors.InputError.exit_code == errors.PetsegError.exit_code == 1
@@ -59,7 +59,7 @@ def test_every_family_has_a_code_of_its_own_that_nothing_else_uses() -> None:
     assert all(0 < code < 126 for code in codes)  # from 126 on, exit codes have a meaning for shells
 
 
-def test_the_two_codes_without_a_class_are_those_of_the_docstring() -> None:
+def test_the_two_codes_without_a_class_match_the_docstring() -> None:
     text = " ".join((errors.__doc__ or "").split())
     assert f"``EXIT_PARTIAL`` ({errors.EXIT_PARTIAL}:" in text
     assert f"``EXIT_INTERRUPTED`` ({errors.EXIT_INTERRUPTED}:" in text

@@ -1,4 +1,4 @@
-"""What `--json` prints is what the page says: every event, every field, and which of them are always there."""
+"""The output of `--json` matches the page: every event, every field, and which fields are always present."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "runtime" / "README.md").read_text
 
 
 def documented(section: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """The fields of each event in the table of a section, and those that are always there."""
+    """The fields of each event in the table of a section, and those that are always present."""
     table = PAGE.partition(f"### {section}\n")[2].partition("\n#")[0]
     fields: dict[str, set[str]] = defaultdict(set)
     always: dict[str, set[str]] = defaultdict(set)
@@ -34,7 +34,7 @@ def documented(section: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     return fields, always
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def printed_events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -50,7 +50,7 @@ def check(events: list[dict[str, Any]], section: str, but: set[str] = frozenset(
 
 @pytest.fixture
 def photos(toy: Callable[..., Any], tmp_path: Path) -> list[str]:
-    """A command for a photo with a pet, one without, and one that is none."""
+    """A command for a photo with a pet, a photo without one, and a file that is not a photo."""
     folder = tmp_path / "photos"
     folder.mkdir()
     pixels = np.zeros((20, 30, 3), np.uint8)
@@ -61,22 +61,22 @@ def photos(toy: Callable[..., Any], tmp_path: Path) -> list[str]:
     return ["infer", str(folder), "--model", str(toy(tmp_path / "toy.onnx").path), "--json", "--output"]
 
 
-def test_the_events_of_photos_are_those_of_the_page(
+def test_photo_events_match_the_documentation(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*photos, str(tmp_path / "masks"), "--as", "mask", "--only-found"]) == 3
     assert run([*photos, str(tmp_path / "coco"), "--as", "coco-rle"]) == 3
     live = ["infer", "lavfi:testsrc=size=64x48:rate=25", *photos[2:], str(tmp_path / "live"), "--max-frames", "2"]
-    events = told(capsys)
+    events = printed_events(capsys)
     assert run(live) == 0
-    events.append(told(capsys)[-1])
+    events.append(printed_events(capsys)[-1])
     check(events, "Events of photos")
     steps = next(event["steps"] for event in events if event["event"] == "summary")
     assert list(steps) == ["read", "infer", "write"]
     assert set(events[-1]["videos"]) == {"count", "done", "failed", "stopped", "skipped"}
 
 
-def test_the_events_of_videos_are_those_of_the_page(
+def test_video_events_match_the_documentation(
     photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
@@ -85,7 +85,7 @@ def test_the_events_of_videos_are_those_of_the_page(
     assert run(["infer", "lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", "3"]) == 0
     dead = f"http://127.0.0.1:{free_port()}/live.ts"
     assert run(["infer", dead, *options, "--give-up", "0.5"]) == 1
-    events = told(capsys)
+    events = printed_events(capsys)
     check(events, "Events of videos and streams", but={"summary"})
     steps = next(event["steps"] for event in events if event["event"] == "video")
     assert set(steps) == {"decode", "convert", "infer", "finish", "write", "latency"}

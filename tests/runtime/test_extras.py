@@ -1,4 +1,4 @@
-"""A remedy can be pasted into a shell, and installs what is missing."""
+"""A remedy can be pasted into a shell, and installs the missing packages."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ METADATA = [
         ("trt", "pip install 'cuda-bindings>=12.6' 'tensorrt>=10.9'"),
     ],
 )
-def test_a_remedy_names_what_the_extra_brings(monkeypatch: pytest.MonkeyPatch, extra: str, command: str) -> None:
+def test_a_remedy_names_the_extras_packages(monkeypatch: pytest.MonkeyPatch, extra: str, command: str) -> None:
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: METADATA)
     assert install(extra) == command
     assert shlex.split(command)[2:] == requirements(extra)
 
 
-def test_without_an_installed_petseg_the_checkout_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_installed_petseg_the_remedy_names_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -47,19 +47,19 @@ def test_without_an_installed_petseg_the_checkout_is_named(monkeypatch: pytest.M
     assert install("cpu") == "pip install '.[cpu]' in a checkout of petseg"
 
 
-def test_an_extra_that_the_installed_petseg_does_not_know_is_one_of_the_checkout(
+def test_an_extra_unknown_to_the_installed_petseg_is_looked_up_in_the_checkout(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: METADATA)
     assert install("heic") == "pip install '.[heic]' in a checkout of petseg"
 
 
-def test_no_requirement_of_an_extra_has_a_condition_that_would_be_lost() -> None:
+def test_no_extra_has_a_conditional_requirement() -> None:
     assert not [line for lines in EXTRAS.values() for line in lines if ";" in line]
 
 
-def test_no_message_sends_anybody_to_an_index_for_petseg() -> None:
-    """It is on none, so such a command would install nothing, or a stranger's package."""
+def test_no_message_suggests_installing_petseg_from_an_index() -> None:
+    """petseg is on no index, so such a command would install nothing, or somebody else's package."""
     sent = re.compile(r"pip install (?:-\S+ )*'?petseg\b(?!-)")
     folders = (ROOT / "runtime" / "petseg_runtime", ROOT / "export" / "petseg_export")
     for path in (*(path for folder in folders for path in folder.rglob("*.py")), ROOT / "runtime" / "README.md"):

@@ -16,7 +16,7 @@ import pytest
 from petseg_runtime.files import read_text, real_paths, replacing, staging, synced, synced_folder, write_atomic
 
 
-def test_a_text_is_read_up_to_so_many_bytes(tmp_path: Path) -> None:
+def test_text_is_read_up_to_a_byte_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("Ärger", encoding="utf-8")
     assert read_text(path, 6) == "Ärger"
@@ -30,7 +30,7 @@ def test_a_text_is_read_up_to_so_many_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["link.png", "./a.png", "b/../a.png", "loop/a.png", "nowhere/a.png", ""])
-def test_real_paths_are_those_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_real_paths_match_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"a photo")
@@ -66,23 +66,23 @@ def listed(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()]
 
 
-def test_the_file_holds_the_new_bytes_and_nothing_lies_beside_it(path: Path) -> None:
+def test_the_file_has_the_new_bytes_and_no_temporary_file_remains(path: Path) -> None:
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert listed(path.parent) == [path.name]
 
 
-def test_nothing_as_content_makes_an_empty_file(path: Path) -> None:
+def test_empty_content_creates_an_empty_file(path: Path) -> None:
     write_atomic(path, b"")
     assert path.read_bytes() == b""
 
 
-def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+def test_parent_folders_are_created(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a" / "b" / "c.txt", b"new")
     assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"new"
 
 
-def test_until_the_end_the_destination_is_as_it_was(path: Path) -> None:
+def test_the_destination_is_unchanged_until_the_end(path: Path) -> None:
     before = content(path)
     with replacing(path) as beside:
         beside.write_bytes(b"half")
@@ -94,7 +94,7 @@ def test_until_the_end_the_destination_is_as_it_was(path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_after_an_error_all_is_as_before(path: Path, error: type[BaseException]) -> None:
+def test_an_error_leaves_everything_unchanged(path: Path, error: type[BaseException]) -> None:
     def stop_half_way() -> None:
         with replacing(path) as beside:
             beside.write_bytes(b"half")
@@ -114,7 +114,7 @@ def test_an_error_before_anything_was_written_leaves_nothing(path: Path) -> None
     assert content(path) == before
 
 
-def test_writing_nothing_is_an_error_and_changes_nothing(path: Path) -> None:
+def test_not_writing_the_file_is_an_error_and_changes_nothing(path: Path) -> None:
     before = content(path)
     with pytest.raises(FileNotFoundError), replacing(path):
         pass
@@ -122,7 +122,7 @@ def test_writing_nothing_is_an_error_and_changes_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["fsync", "write"])
-def test_a_full_disk_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_full_disk_keeps_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -147,7 +147,7 @@ def room_for(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_the_bytes_are_on_the_disk_before_the_name_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_synced_before_the_rename(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     fsync, replace = os.fsync, Path.replace
 
@@ -170,7 +170,7 @@ def test_permissions_follow_the_umask(path: Path, umask: int) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
-def test_a_folder_in_the_place_is_an_error_and_stays(tmp_path: Path) -> None:
+def test_a_folder_at_the_destination_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "kept").touch()
     with pytest.raises(OSError, match="taken"):
@@ -179,14 +179,14 @@ def test_a_folder_in_the_place_is_an_error_and_stays(tmp_path: Path) -> None:
     assert listed(tmp_path / "taken") == ["kept"]
 
 
-def test_a_file_where_a_folder_should_be_is_an_error_and_stays(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_parent_folder_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(OSError, match="file"):
         write_atomic(tmp_path / "file" / "below.txt", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_a_link_is_replaced_and_what_it_pointed_to_stays(tmp_path: Path) -> None:
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     (tmp_path / "kept").write_bytes(b"old")
     (tmp_path / "link").symlink_to("kept")
     write_atomic(tmp_path / "link", b"new")
@@ -199,7 +199,7 @@ def test_a_link_is_replaced_and_what_it_pointed_to_stays(tmp_path: Path) -> None
     ["n" * 255, "猫" * 85, "🐈" * 60 + ".png", "a." + "s" * 253, "." + "h" * 254, "猫." + "猫" * 20, "no_suffix", ".x"],
     ids=["long", "long utf-8", "long with suffix", "long suffix", "long hidden", "utf-8 suffix", "none", "hidden"],
 )
-def test_every_name_that_the_file_system_takes_is_taken_here(tmp_path: Path, name: str) -> None:
+def test_every_name_valid_on_the_file_system_is_accepted(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.touch()  # the name is valid
     write_atomic(path, b"new")
@@ -207,7 +207,7 @@ def test_every_name_that_the_file_system_takes_is_taken_here(tmp_path: Path, nam
     assert path.read_bytes() == b"new"
 
 
-def test_many_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "shared.bin"
     contents = [bytes([number]) * 10_000 for number in range(8)]
     threads = [threading.Thread(target=write_atomic, args=(path, data)) for data in contents]
@@ -219,7 +219,7 @@ def test_many_writers_at_once_leave_one_whole_file(tmp_path: Path) -> None:
     assert listed(tmp_path) == ["shared.bin"]
 
 
-# ---------------------------------------------------------------------------------------- files that belong together
+# --------------------------------------------------------------------------------------------------- groups of files
 
 PARTS = ("model.xml", "model.bin", "model.xml.json")
 
@@ -248,13 +248,13 @@ def stage(main: Path, error: BaseException | None = None) -> None:
 NEW = {"other.bin": "not ours", **{name: f"new {name}" for name in PARTS}}
 
 
-def test_all_staged_files_arrive_and_nothing_else_changes(main: Path) -> None:
+def test_all_staged_files_are_moved_and_nothing_else_changes(main: Path) -> None:
     stage(main)
     assert everything(main.parent) == NEW
     assert sorted(listed(main.parent)) == sorted(NEW)
 
 
-def test_until_the_end_all_destinations_are_as_they_were(main: Path) -> None:
+def test_all_destinations_are_unchanged_until_the_end(main: Path) -> None:
     before = everything(main.parent)
     with staging(main) as folder:
         assert folder.parent == main.parent  # one file system
@@ -265,7 +265,7 @@ def test_until_the_end_all_destinations_are_as_they_were(main: Path) -> None:
         assert {name: text for name, text in everything(main.parent).items() if "/" not in name} == before
 
 
-def test_the_file_that_is_named_arrives_last(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_main_file_is_moved_last(main: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it exists, so do the others."""
     arrived = []
     replace = Path.replace
@@ -282,7 +282,7 @@ def test_the_file_that_is_named_arrives_last(main: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_after_an_error_while_staging_all_is_as_before(main: Path, error: type[BaseException]) -> None:
+def test_an_error_while_staging_leaves_everything_unchanged(main: Path, error: type[BaseException]) -> None:
     before = everything(main.parent)
     with pytest.raises(error):
         stage(main, error())
@@ -291,7 +291,7 @@ def test_after_an_error_while_staging_all_is_as_before(main: Path, error: type[B
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
-def test_after_a_move_that_fails_all_is_as_before(
+def test_a_failed_move_leaves_everything_unchanged(
     main: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     """Whichever of the moves fails; those that restore the previous files succeed."""
@@ -316,7 +316,7 @@ def test_after_a_move_that_fails_all_is_as_before(
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_folder_in_the_place_of_any_of_the_files_is_an_error_and_all_is_as_before(main: Path, name: str) -> None:
+def test_a_folder_at_any_destination_is_an_error_and_nothing_changes(main: Path, name: str) -> None:
     (main.parent / name).unlink(missing_ok=True)
     (main.parent / name).mkdir()
     (main.parent / name / "kept").write_text("kept")
@@ -327,12 +327,12 @@ def test_a_folder_in_the_place_of_any_of_the_files_is_an_error_and_all_is_as_bef
     assert not [entry for entry in listed(main.parent) if entry.endswith(".part")]
 
 
-def test_staging_makes_folders_on_the_way(tmp_path: Path) -> None:
+def test_staging_creates_parent_folders(tmp_path: Path) -> None:
     stage(tmp_path / "a" / "b" / "model.xml")
     assert sorted(listed(tmp_path / "a" / "b")) == sorted(PARTS)
 
 
-def test_staging_where_there_is_a_file_for_a_folder_is_an_error(tmp_path: Path) -> None:
+def test_staging_with_a_file_in_place_of_a_parent_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(OSError, match="file"):
         stage(tmp_path / "file" / "model.xml")
@@ -348,13 +348,13 @@ def test_a_link_is_replaced_by_the_staged_file_and_its_target_stays(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["n" * 251 + ".xml", "猫" * 83 + ".xml"], ids=["long", "long utf-8"])
-def test_staging_takes_every_name_that_the_file_system_takes(tmp_path: Path, name: str) -> None:
+def test_staging_accepts_every_name_valid_on_the_file_system(tmp_path: Path, name: str) -> None:
     with staging(tmp_path / name) as folder:
         (folder / name).write_text("new")
     assert everything(tmp_path) == {name: "new"}
 
 
-def test_two_that_stage_the_same_do_not_mix_while_they_write(tmp_path: Path) -> None:
+def test_concurrent_staging_of_the_same_files_does_not_mix(tmp_path: Path) -> None:
     main = tmp_path / "model.xml"
     with staging(main) as one, staging(main) as two:
         assert one != two
@@ -363,7 +363,7 @@ def test_two_that_stage_the_same_do_not_mix_while_they_write(tmp_path: Path) -> 
     assert everything(tmp_path) == {"model.xml": one.name}
 
 
-def test_a_file_that_failed_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_file_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     with pytest.raises(KeyError), synced_folder(tmp_path), synced(tmp_path / "never-written"):
@@ -371,7 +371,7 @@ def test_a_file_that_failed_is_not_flushed(tmp_path: Path, monkeypatch: pytest.M
     assert not flushed
 
 
-def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_synced_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(22, "Invalid argument")
 

@@ -79,7 +79,7 @@ CPU part\t: 0x022
     ],
     ids=["x86", "Raspberry Pi", "two kinds of cores", "RISC-V", "nothing"],
 )
-def test_processors_are_told_by_what_the_kernel_says_of_them(text: str, name: str, features: str) -> None:
+def test_processors_are_described_from_the_kernels_data(text: str, name: str, features: str) -> None:
     assert parse_cpuinfo(text) == (name, tuple(features.split()))
 
 
@@ -89,7 +89,7 @@ def group(folder: Path, **files: str) -> None:
         (folder / name.replace("__", ".")).write_text(text + "\n")
 
 
-def test_available_memory_is_what_the_machine_and_the_group_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_is_the_minimum_of_machine_and_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
     left: int | None = None
     monkeypatch.setattr(host, "cgroup_memory_left", lambda root, membership: left)
     assert 2**26 < host.available_memory() <= host.host().cpu.memory
@@ -102,26 +102,26 @@ def test_available_memory_is_what_the_machine_and_the_group_have_left(monkeypatc
     assert host.available_memory() == host.os.sysconf("SC_PAGE_SIZE") * host.os.sysconf("SC_PHYS_PAGES")
 
 
-def test_what_a_group_of_version_2_uses_is_not_left(tmp_path: Path) -> None:
+def test_memory_used_by_a_cgroup_v2_is_not_available(tmp_path: Path) -> None:
     statistics = "anon 500\nfile 300\ninactive_file 250\nactive_file 50"
     group(tmp_path / "user", memory__max="1000", memory__current="900", memory__stat=statistics)
     assert cgroup_memory_left(tmp_path, "0::/user\n") == 1000 - (900 - 250)
 
 
-def test_what_a_group_of_version_1_uses_is_not_left(tmp_path: Path) -> None:
+def test_memory_used_by_a_cgroup_v1_is_not_available(tmp_path: Path) -> None:
     statistics = "inactive_file 10\ntotal_inactive_file 250\ntotal_active_file 50"
     folder = tmp_path / "memory" / "docker"
     group(folder, memory__limit_in_bytes="1000", memory__usage_in_bytes="900", memory__stat=statistics)
     assert cgroup_memory_left(tmp_path, "1:memory:/docker\n") == 1000 - (900 - 250)
 
 
-def test_the_group_with_the_least_left_counts_not_that_with_the_lowest_limit(tmp_path: Path) -> None:
+def test_the_cgroup_with_the_least_available_memory_counts(tmp_path: Path) -> None:
     group(tmp_path / "outer", memory__max="2000", memory__current="1900")
     group(tmp_path / "outer" / "inner", memory__max="1000", memory__current="100", memory__stat="inactive_file 50")
     assert cgroup_memory_left(tmp_path, "0::/outer/inner\n") == 100
 
 
-def test_a_group_beyond_its_limit_has_nothing_left_and_one_that_tells_no_use_all(tmp_path: Path) -> None:
+def test_a_cgroup_over_its_limit_has_no_memory_available(tmp_path: Path) -> None:
     group(tmp_path, memory__max="1000", memory__current="1100")
     assert cgroup_memory_left(tmp_path, "0::/\n") == 0
     (tmp_path / "memory.current").unlink()
@@ -130,44 +130,44 @@ def test_a_group_beyond_its_limit_has_nothing_left_and_one_that_tells_no_use_all
     assert cgroup_memory_left(tmp_path, "0::/\n") is None
 
 
-def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
+def test_without_a_cgroup_there_is_no_limit(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path, "") == (None, None)
     assert cgroup_limits(tmp_path, "0::/\n") == (None, None)
 
 
-def test_a_container_of_version_2_has_its_limits_at_the_root(tmp_path: Path) -> None:
+def test_a_cgroup_v2_container_has_its_limits_at_the_root(tmp_path: Path) -> None:
     group(tmp_path, cpu__max="150000 100000", memory__max="536870912")
     assert cgroup_limits(tmp_path, "0::/\n") == (1.5, 536870912)
 
 
-def test_the_lowest_limit_on_the_way_up_holds(tmp_path: Path) -> None:
+def test_the_lowest_limit_of_all_ancestors_applies(tmp_path: Path) -> None:
     group(tmp_path / "user", cpu__max="100000 100000", memory__max="4096")
     group(tmp_path / "user" / "session", cpu__max="max 100000", memory__max="8192")
     group(tmp_path / "other", cpu__max="10000 100000", memory__max="1024")
     assert cgroup_limits(tmp_path, "0::/user/session\n") == (1.0, 4096)
 
 
-def test_no_limit_in_either_version(tmp_path: Path) -> None:
+def test_unlimited_cgroups_of_both_versions_are_recognised(tmp_path: Path) -> None:
     group(tmp_path, cpu__max="max 100000", memory__max="max")
     group(tmp_path / "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
     group(tmp_path / "memory", memory__limit_in_bytes="9223372036854771712")
     assert cgroup_limits(tmp_path, "0::/\n2:cpu,cpuacct:/\n1:memory:/\n") == (None, None)
 
 
-def test_version_1_has_a_folder_for_each_controller(tmp_path: Path) -> None:
+def test_cgroup_v1_has_a_folder_per_controller(tmp_path: Path) -> None:
     group(tmp_path / "cpu" / "docker" / "c0ffee", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
     group(tmp_path / "memory", memory__limit_in_bytes="1048576")  # a namespace shows its own group as the root
     membership = "3:cpuset:/x\n2:cpu,cpuacct:/docker/c0ffee\n1:memory:/docker/c0ffee\n"
     assert cgroup_limits(tmp_path, membership) == (0.5, 1048576)
 
 
-def test_the_name_of_another_groups_folder_does_not_lead_out_of_the_mount(tmp_path: Path) -> None:
+def test_a_cgroup_path_does_not_escape_the_mount(tmp_path: Path) -> None:
     group(tmp_path, cpu__max="1000 100000")
     (tmp_path / "mount").mkdir()
     assert cgroup_limits(tmp_path / "mount", "0::/a/b\n") == (None, None)
 
 
-def test_thermal_zones_are_told_by_their_type(tmp_path: Path) -> None:
+def test_thermal_zones_are_named_by_type(tmp_path: Path) -> None:
     assert host.temperatures(tmp_path / "none") == {}
     group(tmp_path / "thermal_zone0", type="gpu-thermal", temp="58500")
     group(tmp_path / "thermal_zone1", type="cpu-thermal", temp="61250")
@@ -181,7 +181,7 @@ def test_thermal_zones_are_told_by_their_type(tmp_path: Path) -> None:
     assert list(host.temperatures(tmp_path)) == sorted(expected)
 
 
-def test_the_cores_frequencies_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_core_frequencies_are_in_core_order(tmp_path: Path) -> None:
     assert host.frequencies(tmp_path / "none") == ()
     for core, khz in ((10, "1000000"), (2, "1800000"), (0, "600000")):
         group(tmp_path / f"cpu{core}" / "cpufreq", scaling_cur_freq=khz)
@@ -191,7 +191,7 @@ def test_the_cores_frequencies_are_in_the_order_of_their_numbers(tmp_path: Path)
     assert host.frequencies(tmp_path) == (600.0, 1800.0, 1000.0)
 
 
-def test_the_drivers_version_is_in_the_words_of_its_module() -> None:
+def test_the_driver_version_is_parsed_from_its_module() -> None:
     text = (
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder)  Tue\n"
         "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)\n"
@@ -201,7 +201,7 @@ def test_the_drivers_version_is_in_the_words_of_its_module() -> None:
     assert host._nvidia_driver("") == ""
 
 
-def test_this_machine_answers() -> None:
+def test_host_facts_are_available_on_this_machine() -> None:
     here = host.host()
     assert here.petseg == __version__
     assert here.python == ".".join(map(str, sys.version_info[:3]))
@@ -218,11 +218,11 @@ def test_this_machine_answers() -> None:
     assert nvidia_gpus() >= 0
 
 
-def test_versions_are_those_of_what_is_installed() -> None:
+def test_versions_are_those_of_the_installed_packages() -> None:
     assert versions(["click", "no-such-package"]).keys() == {"click"}
 
 
-def test_examining_the_host_needs_nothing_but_python() -> None:
+def test_the_host_report_needs_only_python() -> None:
     """`make gpu-check` calls it before anything is installed."""
     program = "import sys; from petseg_runtime import host; host.host(); host.gpus(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
@@ -282,14 +282,12 @@ def uncached() -> Iterator[None]:
         (Driver(status=3), 0),
     ],
 )
-def test_the_driver_is_asked_how_many_gpus_there_are(
-    driver: Driver, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_gpus_comes_from_the_driver(driver: Driver, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     assert nvidia_gpus() == count
 
 
-def test_the_driver_is_asked_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_descriptions_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     expected = Gpu(index=1, name="NVIDIA RTX 1", compute_capability="8.9", memory=24 * 2**30, driver="CUDA 12.8")
     assert gpus()[1] == expected
@@ -305,13 +303,13 @@ def test_the_driver_is_asked_what_they_are(monkeypatch: pytest.MonkeyPatch) -> N
         ("unknown", False, False),
     ],
 )
-def test_an_old_driver_is_to_be_updated_or_gets_packages_that_it_runs(driver: str, update: bool, builds: bool) -> None:
+def test_an_old_driver_gets_two_remedies(driver: str, update: bool, builds: bool) -> None:
     remedy = host.old_driver(driver, "abacus-cu12")
     assert ("update it to 580 or newer" in remedy, "pip install abacus-cu12" in remedy) == (update, builds)
     assert update or remedy == ""
 
 
-def test_without_a_driver_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise OSError(f"{name}: cannot open shared object file")
 
@@ -340,19 +338,19 @@ print(before - resident())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc, which keeps what is freed")
-def test_what_was_freed_goes_back_to_the_system() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_freed_memory_is_returned_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, timeout=200, check=True)
     assert int(done.stdout) > 40_000_000
 
 
-def test_a_c_library_that_keeps_nothing_is_not_asked_to_give_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malloc_trim_is_not_called_on_c_libraries_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # like musl, which has no malloc_trim
     host.give_back_memory()
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "openvino", "trt", "rtx"])
-def test_what_an_engine_is_installed_as_is_a_package_that_a_mask_comes_from(extra: str) -> None:
+def test_every_engines_packages_are_tracked_as_mask_packages(extra: str) -> None:
     """A verification depends on their versions: if one were missing from the list, it would stay valid forever."""
     needed = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"][extra]
     packages = {re.split(r"[^\w-]", line)[0] for line in needed} - {"cuda-bindings"}
@@ -362,7 +360,7 @@ def test_what_an_engine_is_installed_as_is_a_package_that_a_mask_comes_from(extr
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [(None, 8), (0.5, 1), (2.0, 2), (2.5, 3), (64.0, 8), (0.0, 1)])
-def test_no_more_cpus_are_used_than_a_containers_quota_pays_for(
+def test_no_more_cpus_are_used_than_the_containers_quota(
     quota: float | None, cpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))

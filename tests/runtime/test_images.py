@@ -84,7 +84,7 @@ def png(tmp_path: Path) -> Path:
     return path
 
 
-def test_all_kinds_of_source_give_the_same_photo(png: Path) -> None:
+def test_every_kind_of_source_gives_the_same_photo(png: Path) -> None:
     with png.open("rb") as file, Image.open(png) as lazy:
         sources = [png, str(png), png.read_bytes(), io.BytesIO(png.read_bytes()), file, noise(), lazy]
         for source in [*sources, Image.fromarray(noise())]:
@@ -103,7 +103,7 @@ def test_the_callers_file_and_image_stay_open(png: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), noise())
 
 
-def test_the_contents_count_and_not_the_name(tmp_path: Path) -> None:
+def test_the_format_is_detected_from_content_not_name(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(noise()))
     np.testing.assert_array_equal(read(path).pixels, noise())
@@ -117,7 +117,7 @@ def test_every_format_of_photos_is_read(kind: str) -> None:
     assert np.abs(pixels.astype(int) - smooth()).max() <= tolerance
 
 
-def test_one_pixel_is_a_photo() -> None:
+def test_a_single_pixel_photo_is_read() -> None:
     assert read(encoded(noise(1, 1))).pixels.shape == (1, 1, 3)
     assert read(noise(1, 1)).pixels.shape == (1, 1, 3)
 
@@ -133,7 +133,7 @@ def test_arrays_may_be_grey_rgb_or_rgba() -> None:
 
 
 @pytest.mark.parametrize("channels", [0, 3, 4])
-def test_a_photo_of_an_array_is_not_changed_with_it(channels: int) -> None:
+def test_a_photo_does_not_change_with_its_source_array(channels: int) -> None:
     array = noise(channels=channels)
     if channels == 4:
         array[..., 3] = 255
@@ -151,7 +151,7 @@ def test_a_photo_of_an_array_is_not_changed_with_it(channels: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_a_pillow_image_is_not_changed(mode: str) -> None:
+def test_a_pillow_image_is_not_modified(mode: str) -> None:
     image = Image.fromarray(noise()).convert(mode)
     image.getexif()[0x0112] = 6
     before, exif = image.copy(), dict(image.getexif())
@@ -161,7 +161,7 @@ def test_a_pillow_image_is_not_changed(mode: str) -> None:
     assert dict(image.getexif()) == exif
 
 
-def test_a_pillow_image_is_read_at_its_own_size_and_frame(tmp_path: Path) -> None:
+def test_a_pillow_image_is_read_at_its_size_and_current_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     (tmp_path / "film.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
     with Image.open(tmp_path / "film.gif") as film:
@@ -176,7 +176,7 @@ def test_a_pillow_image_is_read_at_its_own_size_and_frame(tmp_path: Path) -> Non
         assert lazy.size == (128, 96)
 
 
-def test_arrays_that_are_not_contiguous_are_read_as_they_look() -> None:
+def test_noncontiguous_arrays_are_read_correctly() -> None:
     for array in (noise()[::2, ::-1], noise().transpose(1, 0, 2), noise(channels=4)[::-1], np.asfortranarray(noise())):
         pixels = read(array).pixels
         assert pixels.flags.c_contiguous
@@ -205,15 +205,15 @@ def test_arrays_that_are_not_contiguous_are_read_as_they_look() -> None:
     ],
     ids=lambda array: f"{array.dtype}{list(array.shape)}",
 )
-def test_other_arrays_are_refused_with_what_they_are(array: np.ndarray) -> None:
+def test_other_arrays_are_rejected_with_shape_and_dtype(array: np.ndarray) -> None:
     with pytest.raises(UnsupportedImage, match=r"the array's (?:shape|dtype) is "):
         read(array)
 
 
-# ----------------------------------------------------------------------------------------------- what cannot be read
+# -------------------------------------------------------------------------------------------------- unreadable files
 
 
-def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not a photo at all, but long enough to have a header")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "zeros.jpg").write_bytes(bytes(1000))
@@ -239,20 +239,20 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
         read(io.BytesIO())
 
 
-def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(UnreadableImage, match="not a regular file"):
         read(tmp_path / "pipe.jpg")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_refused(png: Path) -> None:
+def test_a_file_without_permission_is_rejected(png: Path) -> None:
     png.chmod(0)
     with pytest.raises(UnreadableImage, match="no permission"):
         read(png)
 
 
-def test_a_denied_file_is_refused(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permission_error_is_reported(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -261,7 +261,7 @@ def test_a_denied_file_is_refused(png: Path, monkeypatch: pytest.MonkeyPatch) ->
         read(png)
 
 
-def test_running_out_of_memory_is_said_as_such(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_reported_as_such(png: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*args, **kwargs):
         raise MemoryError
 
@@ -280,7 +280,7 @@ def test_an_interruption_is_not_taken_for_a_bad_image(png: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_a_truncated_photo_is_refused_and_never_half_grey(kind: str) -> None:
+def test_a_truncated_photo_is_rejected_and_never_half_grey(kind: str) -> None:
     data = encoded(smooth(), kind)
     whole = read(data).pixels
     refused = 0
@@ -294,7 +294,7 @@ def test_a_truncated_photo_is_refused_and_never_half_grey(kind: str) -> None:
     assert refused > 25
 
 
-def test_a_jpeg_cut_just_before_its_end_is_whole_or_refused() -> None:
+def test_a_jpeg_truncated_near_its_end_is_complete_or_rejected() -> None:
     data = encoded(smooth(), "JPEG")
     for lost in range(1, 40):
         with contextlib.suppress(UnreadableImage):
@@ -302,13 +302,13 @@ def test_a_jpeg_cut_just_before_its_end_is_whole_or_refused() -> None:
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.7, 0.95])
-def test_a_truncated_image_that_pillow_opened_is_refused_too(keep: float) -> None:
+def test_a_truncated_image_opened_by_pillow_is_rejected(keep: float) -> None:
     data = encoded(noise(64, 64), "JPEG")
     with Image.open(io.BytesIO(data[: int(len(data) * keep)])) as lazy, pytest.raises(UnreadableImage):
         read(lazy)
 
 
-def test_a_pillow_image_without_pixels_is_refused() -> None:
+def test_a_pillow_image_without_pixels_is_rejected() -> None:
     for size in ((0, 5), (5, 0)):
         with pytest.raises(UnreadableImage, match="no pixels"):
             read(Image.new("RGB", size))
@@ -330,7 +330,7 @@ def test_a_pillow_image_without_pixels_is_refused() -> None:
     ],
     ids=["PNG", "PNG just beyond", "BMP", "GIF", "PPM"],
 )
-def test_a_bomb_is_refused_by_its_header(header: bytes) -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header(header: bytes) -> None:
     def refuse() -> None:
         with pytest.raises(ImageTooLarge, match=r"limit .* make it smaller first"):
             read(header)
@@ -338,14 +338,14 @@ def test_a_bomb_is_refused_by_its_header(header: bytes) -> None:
     assert peak_of(refuse) < 2_000_000
 
 
-def test_the_limit_of_pixels_is_exact_and_the_callers() -> None:
+def test_the_pixel_limit_is_exact_and_set_by_the_caller() -> None:
     for source in (encoded(noise(10, 10)), noise(10, 10), noise(10, 10, 0), Image.fromarray(noise(10, 10))):
         assert read(source, max_pixels=100).pixels.shape == (10, 10, 3)
         with pytest.raises(ImageTooLarge, match="10 x 10"):
             read(source, max_pixels=99)
 
 
-def test_an_array_beyond_the_limit_is_refused_before_it_is_tripled() -> None:
+def test_an_array_beyond_the_limit_is_rejected_before_conversion_to_rgb() -> None:
     grey = np.zeros((4000, 4000), np.uint8)
 
     def refuse() -> None:
@@ -355,7 +355,7 @@ def test_an_array_beyond_the_limit_is_refused_before_it_is_tripled() -> None:
     assert peak_of(refuse) < 1_000_000
 
 
-def test_more_bytes_than_the_limit_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_beyond_the_byte_limit_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(noise())
     (tmp_path / "photo.png").write_bytes(data)
     monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
@@ -365,7 +365,7 @@ def test_more_bytes_than_the_limit_are_refused_unread(tmp_path: Path, monkeypatc
             read(source)
 
 
-def test_an_icon_is_refused_before_the_picture_inside_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_icon_is_rejected_before_its_picture_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = raw_png(6000, 6000, bytes(6000 * 18001))
     icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22) + inside
     Image.init()  # loads the plug-in for icons
@@ -376,7 +376,7 @@ def test_an_icon_is_refused_before_the_picture_inside_is_decoded(monkeypatch: py
     assert not decoded
 
 
-def test_postscript_is_not_handed_to_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_not_passed_to_ghostscript(monkeypatch: pytest.MonkeyPatch) -> None:
     Image.init()
     ran = []
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: ran.append(args))
@@ -386,10 +386,10 @@ def test_postscript_is_not_handed_to_ghostscript(monkeypatch: pytest.MonkeyPatch
     assert not ran
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of pixels
+# ------------------------------------------------------------------------------------------------------ pixel formats
 
 
-def test_cmyk_becomes_the_colours_that_pillow_shows() -> None:
+def test_cmyk_is_converted_as_pillow_does() -> None:
     image = Image.fromarray(smooth()).convert("CMYK")
     data = encoded(image, "JPEG", quality=100)
     with Image.open(io.BytesIO(data)) as again:
@@ -398,7 +398,7 @@ def test_cmyk_becomes_the_colours_that_pillow_shows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_grey_of_16_bits_is_scaled_and_not_cut(kind: str) -> None:
+def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     values = np.array([[0, 255, 256, 32768, 65280, 65535]], np.uint16)
     photo = read(encoded(Image.fromarray(values), kind))
     assert photo.pixels[0, :, 0].tolist() == [0, 0, 1, 128, 255, 255]
@@ -406,30 +406,30 @@ def test_grey_of_16_bits_is_scaled_and_not_cut(kind: str) -> None:
     assert photo.notes == ("16-bit grey, scaled to 8 bits",)
 
 
-def test_colour_of_16_bits_is_scaled_and_not_cut() -> None:
+def test_sixteen_bit_colour_is_scaled_not_clipped() -> None:
     row = struct.pack(">6H", 0, 32768, 65535, 256, 65280, 128)
     assert read(raw_png(2, 1, b"\0" + row, depth=16)).pixels.tolist() == [[[0, 128, 255], [1, 255, 0]]]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
+def test_pixels_of_32_bits_are_rejected(dtype: type) -> None:
     data = encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
     with pytest.raises(UnsupportedImage, match="32-bit"):
         read(data)
 
 
-def test_one_bit_becomes_black_and_white() -> None:
+def test_one_bit_images_become_black_and_white() -> None:
     bits = noise(channels=0) > 127
     data = encoded(Image.fromarray(bits))
     np.testing.assert_array_equal(read(data).pixels, np.stack([bits * np.uint8(255)] * 3, axis=2))
 
 
-def test_grey_is_repeated() -> None:
+def test_grey_is_expanded_to_three_channels() -> None:
     grey = noise(channels=0)
     np.testing.assert_array_equal(read(encoded(grey)).pixels, np.stack([grey] * 3, axis=2))
 
 
-def test_a_palette_is_looked_up() -> None:
+def test_palettes_are_resolved() -> None:
     image = Image.fromarray(noise()).quantize(16)
     np.testing.assert_array_equal(read(encoded(image)).pixels, np.asarray(image.convert("RGB")))
 
@@ -437,13 +437,13 @@ def test_a_palette_is_looked_up() -> None:
 OVER_WHITE = ("transparency laid over white",)
 
 
-def test_colours_that_are_rgb_already_are_not_copied_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rgb_pixels_are_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 12 megapixels that takes a quarter of the time of reading a JPEG."""
     monkeypatch.setattr(Image.Image, "copy", pytest.fail)
     assert read(encoded(smooth(), "JPEG")).pixels.shape == (96, 128, 3)
 
 
-def test_alpha_is_laid_over_white() -> None:
+def test_alpha_is_composited_over_white() -> None:
     rgba = np.array([[[200, 100, 0, 0], [200, 100, 0, 255], [200, 100, 0, 51]]], np.uint8)
     photo = read(encoded(rgba))
     assert photo.pixels[0, :2].tolist() == [[255, 255, 255], [200, 100, 0]]
@@ -455,21 +455,21 @@ def test_alpha_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("mode", ["La", "RGBa"])
-def test_premultiplied_alpha_is_laid_over_white_too(mode: str) -> None:
+def test_premultiplied_alpha_is_composited_over_white(mode: str) -> None:
     image = Image.fromarray(np.array([[[10, 0], [10, 255]]], np.uint8)).convert("RGBA" if mode == "RGBa" else "LA")
     photo = read(image.convert(mode))
     assert photo.pixels.tolist() == [[[255] * 3, [10] * 3]]
     assert photo.notes == OVER_WHITE
 
 
-def test_alpha_that_is_opaque_everywhere_is_not_worth_a_note() -> None:
+def test_fully_opaque_alpha_gives_no_note() -> None:
     photo = read(encoded(np.dstack([noise(), np.full((12, 20), 255, np.uint8)])))
     np.testing.assert_array_equal(photo.pixels, noise())
     assert photo.notes == ()
 
 
 @pytest.mark.parametrize("transparency", [1, b"\xff\x00\xff"], ids=["index", "bytes"])
-def test_a_transparent_colour_of_a_palette_is_laid_over_white(transparency: int | bytes) -> None:
+def test_a_palettes_transparent_colour_is_composited_over_white(transparency: int | bytes) -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     for index in range(3):
@@ -479,13 +479,13 @@ def test_a_transparent_colour_of_a_palette_is_laid_over_white(transparency: int 
     assert photo.notes == OVER_WHITE
 
 
-def test_half_transparent_entries_of_a_palette_are_blended() -> None:
+def test_semitransparent_palette_entries_are_blended() -> None:
     image = Image.new("P", (1, 1))
     image.putpalette([0, 0, 0])
     np.testing.assert_allclose(read(encoded(image, transparency=b"\x80")).pixels[0, 0], 127, atol=1)
 
 
-def test_a_transparent_colour_without_a_palette_is_laid_over_white() -> None:
+def test_a_transparent_colour_without_palette_is_composited_over_white() -> None:
     rows = b"\0" + bytes([1, 2, 3, 4, 5, 6])
     photo = read(raw_png(2, 1, rows, chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))))
     assert photo.pixels.tolist() == [[[255, 255, 255], [4, 5, 6]]]
@@ -493,7 +493,7 @@ def test_a_transparent_colour_without_a_palette_is_laid_over_white() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
-def test_of_an_animation_the_first_frame_is_taken_with_a_note(kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_used_with_a_note(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
     options = {"WEBP": {"lossless": True}}.get(kind, {})
     photo = read(encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
@@ -502,7 +502,7 @@ def test_of_an_animation_the_first_frame_is_taken_with_a_note(kind: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "notes"), [("MPO", ()), ("TIFF", ("several pages: the first was used",))])
-def test_more_pictures_in_one_file_are_no_animation(kind: str, notes: tuple[str, ...]) -> None:
+def test_several_pictures_in_a_file_are_not_an_animation(kind: str, notes: tuple[str, ...]) -> None:
     """The preview or gain map that a camera appends to its JPEG is not needed, so there is no note on it."""
     first, second = Image.new("RGB", (16, 16), "white"), Image.new("RGB", (16, 16), "black")
     photo = read(encoded(first, kind, save_all=True, append_images=[second]))
@@ -513,12 +513,12 @@ def test_more_pictures_in_one_file_are_no_animation(kind: str, notes: tuple[str,
 @pytest.mark.parametrize(
     "mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "LA", "PA", "RGBX", "I;16"]
 )
-def test_every_mode_of_pillow_with_a_meaning_is_read(mode: str) -> None:
+def test_every_supported_pillow_mode_is_read(mode: str) -> None:
     assert read(Image.new(mode, (5, 3))).pixels.shape == (3, 5, 3)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_every_other_mode_is_refused(mode: str) -> None:
+def test_every_other_mode_is_rejected(mode: str) -> None:
     with pytest.raises(InputError):
         read(Image.new(mode, (5, 3)))
 
@@ -539,7 +539,7 @@ STORED_AS: dict[int, Callable[[U8], U8]] = {  # how a camera stores an upright p
 
 @pytest.mark.parametrize("orientation", STORED_AS)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> None:
+def test_every_orientation_is_applied(orientation: int, kind: str) -> None:
     upright = smooth(48, 32)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -558,7 +558,7 @@ def test_every_orientation_comes_out_upright(orientation: int, kind: str) -> Non
 @pytest.mark.parametrize("compression", [None, "packbits", "tiff_lzw"])
 @pytest.mark.parametrize("orientation", STORED_AS)
 @pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGB", "RGBA", "CMYK", "1"])
-def test_a_tiff_is_read_from_its_path_as_a_png_of_the_same_picture(
+def test_a_tiff_from_a_path_matches_a_png_of_the_same_picture(
     tmp_path: Path, mode: str, orientation: int, compression: str | None
 ) -> None:
     """Pillow maps uncompressed pixels of a file into memory, and ignores there that height and width are swapped."""
@@ -580,7 +580,7 @@ def test_a_tiff_is_read_from_its_path_as_a_png_of_the_same_picture(
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "GIF", "BMP"])
-def test_a_closed_file_is_not_called_damaged(tmp_path: Path, form: str) -> None:
+def test_a_closed_file_is_not_reported_as_damaged(tmp_path: Path, form: str) -> None:
     path = tmp_path / "photo"
     Image.fromarray(smooth()).save(path, form)
     with path.open("rb") as file, Image.open(path) as image, Image.open(path) as loaded, Image.open(file) as of_file:
@@ -594,7 +594,7 @@ def test_a_closed_file_is_not_called_damaged(tmp_path: Path, form: str) -> None:
         assert read(loaded).pixels.shape == (96, 128, 3)
 
 
-def test_a_file_is_closed_when_it_is_read_or_refused(tmp_path: Path, png: Path) -> None:
+def test_a_file_is_closed_after_reading_or_rejection(tmp_path: Path, png: Path) -> None:
     (tmp_path / "cut.png").write_bytes(png.read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -606,14 +606,14 @@ def test_a_file_is_closed_when_it_is_read_or_refused(tmp_path: Path, png: Path) 
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "LA", "P", "1", "CMYK"])
-def test_orientation_holds_for_other_pixels_than_rgb(mode: str) -> None:
+def test_orientation_is_applied_to_non_rgb_pixels(mode: str) -> None:
     image = Image.new(mode, (3, 2))
     image.getexif()[0x0112] = 6
     assert read(image).pixels.shape == (3, 2, 3)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
-def test_an_orientation_without_a_meaning_means_as_stored(value: int) -> None:
+def test_an_invalid_orientation_is_ignored(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     np.testing.assert_array_equal(read(encoded(noise(), exif=exif)).pixels, noise())
@@ -629,13 +629,13 @@ def test_an_orientation_without_a_meaning_means_as_stored(value: int) -> None:
         b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\xff\xff\xff\xff",
     ],
 )
-def test_a_corrupt_exif_block_does_not_cost_the_photo(exif: bytes) -> None:
+def test_a_photo_with_a_corrupt_exif_block_is_read(exif: bytes) -> None:
     data = encoded(smooth(), "JPEG", exif=exif)
     assert exif in data
     np.testing.assert_array_equal(read(data).pixels, read(encoded(smooth(), "JPEG")).pixels)
 
 
-def test_an_exif_block_that_pillow_chokes_on_does_not_cost_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_photo_whose_exif_makes_pillow_raise_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def choke(*args, **kwargs):
         raise struct.error("unpack requires a buffer of 8 bytes")
 
@@ -663,7 +663,7 @@ def assert_reduced(data: bytes, part: int, at_least: tuple[int, int]) -> Photo:
 
 @pytest.mark.parametrize("orientation", STORED_AS)
 @pytest.mark.parametrize("part", [1, 2, 4, 8])
-def test_a_jpeg_may_be_decoded_smaller_under_every_orientation(orientation: int, part: int) -> None:
+def test_a_jpeg_can_be_decoded_reduced_in_every_orientation(orientation: int, part: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](smooth(320, 192))))
@@ -676,7 +676,7 @@ def test_a_jpeg_may_be_decoded_smaller_under_every_orientation(orientation: int,
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_one_pixel_more_to_be_kept_is_reduced_less(side: int) -> None:
+def test_one_more_required_pixel_halves_the_reduction(side: int) -> None:
     data = encoded(smooth(320, 192), "JPEG")
     at_least = [int(320 / 4 / MARGIN), int(192 / 4 / MARGIN)]
     at_least[side] += 1
@@ -690,7 +690,7 @@ def test_every_kind_of_jpeg_is_reduced_with_its_colours(mode: str, progressive: 
     assert_reduced(encoded(image, "JPEG", progressive=progressive, quality=95), 4, (10, 12))
 
 
-def test_of_a_phones_two_pictures_in_one_the_first_is_reduced() -> None:
+def test_the_first_picture_of_a_multi_picture_jpeg_is_reduced() -> None:
     image = Image.fromarray(smooth(192, 256))
     data = encoded(image, "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
     with Image.open(io.BytesIO(data)) as opened:
@@ -699,25 +699,25 @@ def test_of_a_phones_two_pictures_in_one_the_first_is_reduced() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "part"), [(195, 256, 1), (196, 256, 4), (192, 258, 2), (200, 264, 8)])
-def test_a_side_is_divided_without_a_rest(height: int, width: int, part: int) -> None:
+def test_a_reduction_must_divide_the_sides_evenly(height: int, width: int, part: int) -> None:
     assert_reduced(encoded(smooth(height, width), "JPEG", quality=95), part, (5, 5))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "BMP", "GIF"])
-def test_no_other_format_is_decoded_smaller(kind: str) -> None:
+def test_no_other_format_is_decoded_reduced(kind: str) -> None:
     photo = read(encoded(smooth(), kind), at_least=(1, 1))
     assert photo.pixels.shape == (96, 128, 3)
     assert (photo.height, photo.width) == (96, 128)
 
 
-def test_the_limit_of_pixels_is_that_of_the_whole_photo() -> None:
+def test_the_pixel_limit_applies_to_the_full_size() -> None:
     data = encoded(smooth(), "JPEG")
     assert read(data, at_least=(1, 1), max_pixels=96 * 128).pixels.shape == (12, 16, 3)
     with pytest.raises(ImageTooLarge, match="128 x 96"):
         read(data, at_least=(1, 1), max_pixels=96 * 128 - 1)
 
 
-def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
+def test_a_truncated_jpeg_is_rejected_in_reduced_decoding() -> None:
     data = encoded(noise(256, 256), "JPEG")
     with pytest.raises(UnreadableImage):
         read(data[: len(data) // 2], at_least=(4, 4))
@@ -725,7 +725,7 @@ def test_a_truncated_jpeg_is_refused_when_reduced_too() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
 @pytest.mark.parametrize("size", [(32, 48), (20, 12), (12, 20)])
-def test_the_models_input_is_the_same_made_from_the_image_and_from_its_pixels(mode: str, size: tuple[int, int]) -> None:
+def test_the_models_input_is_the_same_from_image_and_from_pixels(mode: str, size: tuple[int, int]) -> None:
     image = Image.fromarray(noise(12, 20, channels=4)).convert("RGB" if mode == "I;16" else mode)
     image = Image.fromarray(noise(12, 20)[..., 0].astype(np.uint16) << 8) if mode == "I;16" else image
     exif = Image.Exif()
@@ -749,13 +749,13 @@ def test_the_models_input_is_the_same_made_from_the_image_and_from_its_pixels(mo
             assert photo.pixels is photo.model_input
 
 
-def test_a_photo_without_a_size_of_its_own_is_as_large_as_its_pixels() -> None:
+def test_a_photos_size_defaults_to_that_of_its_pixels() -> None:
     photo = Photo(noise(12, 20))
     assert (photo.height, photo.width, photo.notes) == (12, 20, ())
     assert (Photo(noise(), (), 120, 200).height, Photo(noise(), (), 120, 200).width) == (120, 200)
 
 
-# ------------------------------------------------------------------------------------------------- costly to decode
+# ---------------------------------------------------------------------------------- files that are costly to decode
 
 
 def scans(count: int, progressive: bool) -> bytes:
@@ -764,12 +764,12 @@ def scans(count: int, progressive: bool) -> bytes:
     return encoded(smooth(), "JPEG", progressive=progressive)[:-2] + scan * count + b"\xff\xd9"
 
 
-def test_a_jpeg_of_many_scans_is_read() -> None:
+def test_a_jpeg_with_many_scans_is_read() -> None:
     assert read(scans(80, True)).pixels.shape == (96, 128, 3)
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_of_very_many_scans_is_refused(progressive: bool, tmp_path: Path) -> None:
+def test_a_jpeg_with_too_many_scans_is_rejected(progressive: bool, tmp_path: Path) -> None:
     data, path = scans(1000, progressive), tmp_path / "photo.jpg"
     path.write_bytes(data)
     for source in (data, path, io.BytesIO(data)):
@@ -777,7 +777,7 @@ def test_a_jpeg_of_very_many_scans_is_refused(progressive: bool, tmp_path: Path)
             read(source)
 
 
-def test_a_marker_between_two_blocks_of_the_file_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_marker_across_two_read_blocks_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(encoded(smooth(), "JPEG") + bytes(2**20))
     data[2**20 - 1 : 2**20 + 1] = b"\xff\xda"
     monkeypatch.setattr(images, "_MAX_SCANS", 1 - len(data) // 2**14)
@@ -785,13 +785,13 @@ def test_a_marker_between_two_blocks_of_the_file_counts(monkeypatch: pytest.Monk
         read(bytes(data))
 
 
-def test_a_video_behind_the_photo_is_not_taken_for_scans() -> None:
+def test_a_video_appended_to_a_photo_is_not_counted_as_scans() -> None:
     photo, video = encoded(smooth(), "JPEG"), np.random.default_rng(0).bytes(20_000_000)
     assert video.count(b"\xff\xda") > 200
     np.testing.assert_array_equal(read(photo + video).pixels, read(photo).pixels)
 
 
-def test_a_tiff_of_tiles_beyond_the_limit_is_refused() -> None:
+def test_a_tiff_with_tiles_beyond_the_limit_is_rejected() -> None:
     tiles = {256: 4, 257: 4, 258: 8, 259: 5, 262: 1, 277: 1, 322: 2000, 323: 2000, 324: 8, 325: 16}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tiles.items())
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tiles)) + entries + bytes(64)
@@ -822,12 +822,12 @@ def sideways() -> bytes:
     return encoded(smooth(48, 32), "JPEG", exif=WARNS)
 
 
-def test_pillow_does_warn_of_this_exif() -> None:
+def test_pillow_warns_about_this_exif() -> None:
     with pytest.warns(UserWarning, match="Corrupt EXIF"), Image.open(io.BytesIO(sideways())) as image:
         assert image.getexif()[0x0112] == 6
 
 
-def test_a_reader_that_leaves_does_not_take_anothers_silence_away() -> None:
+def test_a_finished_reader_keeps_warnings_muted_for_another() -> None:
     before = list(warnings.filters)
     first, second = Held(sideways()), Held(sideways())
     with ThreadPoolExecutor(2) as pool:
@@ -845,7 +845,7 @@ def test_a_reader_that_leaves_does_not_take_anothers_silence_away() -> None:
     assert warnings.filters == before
 
 
-def test_many_threads_read_photos_that_pillow_warns_of_and_leave_the_filters_as_they_were() -> None:
+def test_concurrent_readers_restore_the_warning_filters() -> None:
     before, data = list(warnings.filters), sideways()
     with ThreadPoolExecutor(16) as pool:
         shapes = {photo.pixels.shape for photo in pool.map(read, [data] * 400)}
@@ -853,7 +853,7 @@ def test_many_threads_read_photos_that_pillow_warns_of_and_leave_the_filters_as_
     assert warnings.filters == before
 
 
-def test_a_reader_inside_a_reader_and_filters_of_others_are_respected() -> None:
+def test_nested_readers_and_foreign_warning_filters_are_respected() -> None:
     class Nested(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             read(sideways())
@@ -866,7 +866,7 @@ def test_a_reader_inside_a_reader_and_filters_of_others_are_respected() -> None:
     assert warnings.filters[1:] == before
 
 
-def test_filters_that_someone_has_reset_stay_reset() -> None:
+def test_warning_filters_reset_meanwhile_stay_reset() -> None:
     class Resetting(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             warnings.resetwarnings()
@@ -877,7 +877,7 @@ def test_filters_that_someone_has_reset_stay_reset() -> None:
         assert warnings.filters == []
 
 
-def test_warnings_of_others_are_not_muted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_warnings_are_not_muted(monkeypatch: pytest.MonkeyPatch) -> None:
     original = ImageFile.ImageFile.load
 
     def deprecated(self, *args):
@@ -889,7 +889,7 @@ def test_warnings_of_others_are_not_muted(monkeypatch: pytest.MonkeyPatch) -> No
         read(encoded(smooth(), "JPEG"))
 
 
-def test_threads_decode_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_decode_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
     original, both = ImageFile.ImageFile.load, threading.Barrier(2)
 
     def meet(self, *args):
@@ -965,13 +965,13 @@ def test_every_damaged_byte_of_a_header_raises_nothing_but_input_errors(name: st
 @pytest.mark.parametrize("name", FILES)
 @settings(deadline=None, max_examples=20)
 @given(tail=st.binary(max_size=200), keep=st.floats(0, 1))
-def test_random_bytes_after_a_good_start_raise_nothing_but_input_errors(name: str, tail: bytes, keep: float) -> None:
+def test_random_bytes_after_a_valid_start_raise_nothing_but_input_errors(name: str, tail: bytes, keep: float) -> None:
     only_input_errors(FILES[name][: int(keep * len(FILES[name]))] + tail)
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=300))
-def test_random_bytes_are_refused(data: bytes) -> None:
+def test_random_bytes_are_rejected(data: bytes) -> None:
     with pytest.raises(InputError):
         read(data)
 
@@ -995,7 +995,7 @@ def assert_own(result: U8, source: U8) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(hnp.arrays(np.uint8, st.tuples(sides, sides, st.just(3))), sides, sides)
-def test_to_model_is_pillows_bilinear_stretch(pixels: U8, height: int, width: int) -> None:
+def test_to_model_matches_pillows_bilinear_resize(pixels: U8, height: int, width: int) -> None:
     result = to_model(pixels, height, width)
     assert result.shape == (height, width, 3)
     np.testing.assert_array_equal(result, reference(pixels, height, width))
@@ -1004,26 +1004,26 @@ def test_to_model_is_pillows_bilinear_stretch(pixels: U8, height: int, width: in
 
 @settings(deadline=None, max_examples=150)
 @given(hnp.arrays(np.uint8, st.tuples(sides, sides)), sides, sides)
-def test_from_model_is_pillows_bilinear_stretch(probability: U8, height: int, width: int) -> None:
+def test_from_model_matches_pillows_bilinear_resize(probability: U8, height: int, width: int) -> None:
     result = from_model(probability, height, width)
     assert result.shape == (height, width)
     np.testing.assert_array_equal(result, reference(probability, height, width))
     assert_own(result, probability)
 
 
-def test_the_size_it_has_already_gives_an_equal_copy() -> None:
+def test_resizing_to_the_same_size_gives_an_equal_copy() -> None:
     pixels, probability = noise(), noise(channels=0)
     for result, source in ((to_model(pixels, 12, 20), pixels), (from_model(probability, 12, 20), probability)):
         np.testing.assert_array_equal(result, source)
         assert_own(result, source)
 
 
-def test_a_transposed_size_is_not_taken_for_the_same() -> None:
+def test_a_transposed_size_is_resized() -> None:
     assert to_model(noise(12, 20), 20, 12).shape == (20, 12, 3)
     assert from_model(noise(12, 20, 0), 20, 12).shape == (20, 12)
 
 
-def test_shrinking_averages_what_it_leaves_out() -> None:
+def test_shrinking_averages_pixels() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     inner = to_model(stripes, 8, 8)[1:-1, 1:-1].astype(int)  # plain bilinear sampling would give 0 or 255
@@ -1031,14 +1031,14 @@ def test_shrinking_averages_what_it_leaves_out() -> None:
     assert np.abs(from_model(stripes[..., 0], 8, 8)[1:-1, 1:-1].astype(int) - 127).max() <= 2
 
 
-def test_growing_a_constant_keeps_it() -> None:
+def test_enlarging_a_constant_keeps_it() -> None:
     for value in (0, 1, 127, 254, 255):
         assert (to_model(np.full((5, 7, 3), value, np.uint8), 33, 17) == value).all()
         assert (from_model(np.full((5, 7), value, np.uint8), 33, 17) == value).all()
 
 
 @pytest.mark.parametrize("size", [(12, 20), (7, 9), (30, 40)])
-def test_views_and_read_only_arrays_are_resized_as_they_look(size: tuple[int, int]) -> None:
+def test_views_and_read_only_arrays_are_resized_correctly(size: tuple[int, int]) -> None:
     wide = noise(24, 40, 4)
     for view in (wide[::2, ::2, :3], wide[:12, :20, 2::-1], wide[11::-1, 19::-1, :3]):
         expected = to_model(np.ascontiguousarray(view), *size)
@@ -1052,7 +1052,7 @@ def test_views_and_read_only_arrays_are_resized_as_they_look(size: tuple[int, in
     assert_own(from_model(frozen[..., 0], *size), frozen)
 
 
-def test_a_16_bit_pgm_is_scaled_like_any_16_bit_grey(tmp_path: Path) -> None:
+def test_a_16_bit_pgm_is_scaled_like_other_16_bit_grey(tmp_path: Path) -> None:
     path = tmp_path / "deep.pgm"
     path.write_bytes(b"P5 3 1 65535\n" + np.array([0, 32768, 65535], ">u2").tobytes())
     photo = images.read(path)
@@ -1066,7 +1066,7 @@ HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic"
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1"])
-def test_heic_without_its_plug_in_has_a_remedy_whatever_it_is_called(
+def test_heic_without_its_plug_in_has_a_remedy_whatever_the_file_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes
 ) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
@@ -1082,7 +1082,7 @@ def test_heic_without_its_plug_in_has_a_remedy_whatever_it_is_called(
         )
 
 
-def test_a_plug_in_that_does_not_work_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_plug_in_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pillow_heif.py").write_text("raise ImportError('libheif.so.1: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
@@ -1120,7 +1120,7 @@ def test_heic_is_read_from_files_bytes_and_pipes(tmp_path: Path) -> None:
         assert image.size == (128, 96)
 
 
-def test_of_a_pipe_no_more_is_read_than_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_is_read_only_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_BYTES", 5000)
 
     class Endless(Unrewindable):
@@ -1136,7 +1136,7 @@ def test_of_a_pipe_no_more_is_read_than_is_taken(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_orientation_of_heic_is_applied_once(orientation: int) -> None:
+def test_heic_orientation_is_applied_once(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = read(encoded(Image.fromarray(smooth()), "JPEG", quality=100, subsampling=0, exif=exif)).pixels
@@ -1148,7 +1148,7 @@ def test_the_orientation_of_heic_is_applied_once(orientation: int) -> None:
     assert np.abs(pixels.astype(int) - upright).max() <= 12
 
 
-def test_transparency_grey_and_colours_of_heic_are_those_of_other_formats() -> None:
+def test_heic_transparency_grey_and_colours_match_other_formats() -> None:
     clear = Image.fromarray(smooth()).convert("RGBA")
     clear.putalpha(0)
     photo = read(heic(clear))
@@ -1159,13 +1159,13 @@ def test_transparency_grey_and_colours_of_heic_are_those_of_other_formats() -> N
     assert read(heic(smooth(), icc_profile=profile())).icc_profile == profile()
 
 
-def test_of_several_photos_in_one_heic_the_main_one_is_used() -> None:
+def test_the_primary_photo_of_a_heic_file_is_used() -> None:
     photo = read(heic(smooth(), Image.new("RGB", (20, 10), "red")))
     assert photo.pixels.shape == smooth().shape
     assert photo.notes == ("several photos in it: the main one was used",)
 
 
-def test_heic_that_is_damaged_or_too_large_is_refused_as_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_or_oversized_heic_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     data = heic(smooth())
     for keep in (40, 200, len(data) // 2, len(data) - 20):
         with pytest.raises(UnreadableImage, match="damaged or truncated"):
@@ -1178,7 +1178,7 @@ def test_heic_that_is_damaged_or_too_large_is_refused_as_others_are(monkeypatch:
             read(source)  # type: ignore[arg-type]
 
 
-def test_heic_whose_picture_is_larger_than_it_says_is_refused() -> None:
+def test_heic_larger_than_declared_is_rejected() -> None:
     data = heic(smooth(640, 640))
     small = struct.pack(">II", 64, 64)
     assert data.count(b"ispe\0\0\0\0" + struct.pack(">II", 640, 640)) == 1
@@ -1187,7 +1187,7 @@ def test_heic_whose_picture_is_larger_than_it_says_is_refused() -> None:
         read(lying, max_pixels=100_000)
 
 
-def test_avif_that_calls_itself_by_the_containers_name_is_avif() -> None:
+def test_avif_with_a_generic_brand_is_read_as_avif() -> None:
     data = encoded(smooth(), "AVIF", quality=100)
     assert data[8:12] == b"avif"
     assert read(data[:8] + b"mif1" + data[12:]).pixels.shape == smooth().shape
@@ -1206,7 +1206,7 @@ assert "pillow_heif" in sys.modules
 """
 
 
-def test_nobody_waits_for_the_plug_in_who_has_no_heic(tmp_path: Path) -> None:
+def test_the_heic_plug_in_is_imported_only_for_heic(tmp_path: Path) -> None:
     (tmp_path / "photo.heic").write_bytes(heic(smooth()))
     command = [sys.executable, "-W", "error", "-c", HEIC_IS_LAZY, str(tmp_path / "photo.heic")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -1223,7 +1223,7 @@ def profile(colours: bytes = b"RGB ", size: int = 400) -> bytes:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_the_profile_of_a_photos_colours_is_kept(form: str, mode: str) -> None:
+def test_a_photos_icc_profile_is_kept(form: str, mode: str) -> None:
     if (form, mode) == ("JPEG", "RGBA"):
         mode = "RGB"
     exif = Image.Exif()
@@ -1247,7 +1247,7 @@ def test_the_profile_of_a_photos_colours_is_kept(form: str, mode: str) -> None:
         pytest.param("RGB", profile(size=1_000_001), id="absurdly large"),
     ],
 )
-def test_a_profile_that_means_nothing_for_the_pixels_is_not(mode: str, icc: bytes) -> None:
+def test_an_icc_profile_not_valid_for_rgb_pixels_is_dropped(mode: str, icc: bytes) -> None:
     encoded = io.BytesIO()
     Image.new(mode, (20, 10)).save(encoded, "JPEG", icc_profile=icc)
     with Image.open(encoded) as image:
@@ -1255,7 +1255,7 @@ def test_a_profile_that_means_nothing_for_the_pixels_is_not(mode: str, icc: byte
     assert images.read(encoded.getvalue()).icc_profile is None
 
 
-def test_what_a_photo_will_take_is_told_before_it_is_decoded(tmp_path: Path) -> None:
+def test_a_photos_memory_is_known_before_decoding(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     Image.new("RGB", (640, 320)).save(path)
     path.write_bytes(path.read_bytes()[:-50])  # whose decoding would fail
@@ -1268,7 +1268,7 @@ def test_what_a_photo_will_take_is_told_before_it_is_decoded(tmp_path: Path) -> 
         assert photo.memory == 12 * 80 * 40 + 4 * 640 * 320, "decoded at 1/8; its result has the full size"
 
 
-def test_what_goes_wrong_between_opening_and_decoding_is_not_the_photos_fault(tmp_path: Path) -> None:
+def test_errors_between_opening_and_decoding_propagate_unchanged(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "photo.png")
     with pytest.raises(CancelledError), images.open_photo(tmp_path / "photo.png"):
         raise CancelledError
@@ -1283,7 +1283,7 @@ def swapped() -> bytes:
     return bytes(renamed)
 
 
-def test_colours_are_brought_to_another_profile() -> None:
+def test_colours_are_converted_to_another_profile() -> None:
     red, there, back = Image.new("RGB", (3, 2), "red"), (swapped(), None), (None, swapped())
     for profiles in (there, back):
         picture = images.with_profile(red.copy(), profiles[0])
@@ -1295,7 +1295,7 @@ def test_colours_are_brought_to_another_profile() -> None:
         assert images.in_profile(picture, profiles[1]) is picture
 
 
-def test_a_background_has_its_own_colours_behind_a_photo_with_a_profile(tmp_path: Path) -> None:
+def test_a_background_keeps_its_colours_behind_a_photo_with_a_profile(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "beach.png", icc_profile=swapped())
     nothing = Segmentation(np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8), 0.5, 0.3)
     for photo, expected in ((None, (0, 0, 255)), (swapped(), (255, 0, 0))):
@@ -1305,9 +1305,7 @@ def test_a_background_has_its_own_colours_behind_a_photo_with_a_profile(tmp_path
         np.testing.assert_array_equal(np.array(result.on_background((9, 8, 7))), np.full((4, 6, 3), (9, 8, 7)))
 
 
-def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_background_is_converted_once_per_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
     real = ImageCms.profileToProfile
     monkeypatch.setattr(ImageCms, "profileToProfile", lambda *args: converted.append(args) or real(*args))
@@ -1323,7 +1321,7 @@ def test_a_backgrounds_colours_are_converted_once_for_all_photos_alike(
 
 
 @pytest.mark.parametrize(("bits", "white", "white_is_zero"), [(12, 4095, False), (16, 65535, False), (16, 65535, True)])
-def test_a_tiffs_grey_is_as_deep_and_as_bright_as_it_says(
+def test_a_tiffs_declared_bit_depth_and_polarity_are_applied(
     tmp_path: Path, bits: int, white: int, white_is_zero: bool
 ) -> None:
     values = np.array([[0, white // 2, white]] * 2, np.uint16)
@@ -1349,7 +1347,7 @@ def tiff(rows: bytes, width: int, height: int, bits: int, photometric: int) -> b
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + rows
 
 
-def test_the_transparent_grey_of_a_16_bit_png_is_laid_over_white(tmp_path: Path) -> None:
+def test_a_16_bit_pngs_transparent_grey_is_composited_over_white(tmp_path: Path) -> None:
     values = np.array([[0, 40000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "grey.png", transparency=40000)
     photo = read(tmp_path / "grey.png")
@@ -1357,7 +1355,7 @@ def test_the_transparent_grey_of_a_16_bit_png_is_laid_over_white(tmp_path: Path)
     assert photo.notes == ("16-bit grey, scaled to 8 bits", "transparency laid over white")
 
 
-def test_a_palette_with_transparency_of_its_own_is_laid_over_white() -> None:
+def test_an_rgba_palette_is_composited_over_white() -> None:
     rgba = Image.new("RGBA", (4, 4), (9, 0, 0, 0))
     rgba.putpixel((0, 0), (200, 10, 20, 255))
     photo = read(rgba.quantize(4))
@@ -1365,13 +1363,13 @@ def test_a_palette_with_transparency_of_its_own_is_laid_over_white() -> None:
     assert photo.notes == ("transparency laid over white",)
 
 
-def test_a_palettes_colours_keep_their_profile(tmp_path: Path) -> None:
+def test_a_palette_images_profile_is_kept(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (8, 8), "red").quantize(4).save(tmp_path / "p.png", icc_profile=profile)
     assert read(tmp_path / "p.png").icc_profile == profile
 
 
-def test_an_open_file_that_is_too_large_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_oversized_open_file_is_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
     monkeypatch.setattr(images, "MAX_BYTES", 50)
     with (tmp_path / "p.png").open("rb") as file, pytest.raises(ImageTooLarge, match="the limit is"):

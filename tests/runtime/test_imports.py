@@ -1,4 +1,4 @@
-"""What is imported when: a device needs no torch, `--help` needs nothing, and what is missing is named."""
+"""Imports: the runtime needs no torch, `--help` needs nothing heavy, and missing packages are named."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ UNWANTED = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "av", "
 
 
 def imported(*args: object) -> set[str]:
-    """The packages that one call of the command line has imported by its end."""
+    """The packages that a run of the command line has imported when it ends."""
     done = python(CLI, *args)
     assert done.returncode == 0, done.stderr
     return set(done.stderr.splitlines()[-1].removeprefix("MODULES ").split())
@@ -73,7 +73,7 @@ ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"}
 
 
 @pytest.mark.parametrize("kind", ["mask", "cutout", "coco-rle"])
-def test_segmenting_imports_no_more_than_the_engine_that_is_asked_for(tmp_path: Path, kind: str) -> None:
+def test_segmenting_imports_only_the_requested_engine(tmp_path: Path, kind: str) -> None:
     options = ("--as", kind, "--resume", "--backend", "onnxruntime", "--output", tmp_path)
     modules = imported("infer", *sample_photos()[:2], *options)
     assert {"numpy", "PIL", "onnxruntime"} <= modules
@@ -87,7 +87,7 @@ def test_segmenting_in_openvino_imports_no_other_engine(tmp_path: Path) -> None:
     assert modules & {*UNWANTED, *ENGINES - {"openvino"}} == set()
 
 
-def test_without_a_gpu_auto_does_not_so_much_as_look_for_the_engines_that_need_one(tmp_path: Path) -> None:
+def test_without_a_gpu_auto_does_not_look_for_gpu_engines(tmp_path: Path) -> None:
     program = CLI.replace("import sys\n", "import sys\nfrom petseg_runtime import host\nhost.gpus = lambda: ()\n", 1)
     done = python(program, "infer", sample_photos()[0], "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_without_a_gpu_auto_does_not_so_much_as_look_for_the_engines_that_need_o
     assert modules & {"tensorrt", "tensorrt_rtx", "cuda", *UNWANTED} == set()
 
 
-def test_what_cannot_go_together_is_said_before_an_engine_is_imported(tmp_path: Path) -> None:
+def test_conflicting_options_are_rejected_before_importing_an_engine(tmp_path: Path) -> None:
     done = python(CLI, "infer", sample_photos()[0], "--format", "jpg", "--output", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert set(done.stderr.splitlines()[-1].split()) & ENGINES == set()
@@ -108,13 +108,13 @@ def test_info_needs_no_engine_and_no_numpy(proven: Artifact, ir: Callable[..., A
         assert imported("info", path) & {"torch", "onnx", "numpy", "PIL", *ENGINES} == set()
 
 
-def test_verifying_imports_no_more_than_the_engine_that_is_asked_for(proven: Artifact) -> None:
+def test_verifying_imports_only_the_requested_engine(proven: Artifact) -> None:
     modules = imported("verify", proven.path, "--backend", "onnxruntime")
     assert {"numpy", "onnxruntime", "PIL"} <= modules
     assert modules & {*UNWANTED, "petseg_export", *ENGINES - {"onnxruntime"}} == set()
 
 
-def test_the_runtime_verifies_where_torch_and_onnx_are_not_installed(proven: Artifact) -> None:
+def test_the_runtime_verifies_without_torch_and_onnx(proven: Artifact) -> None:
     program = """
 from pathlib import Path
 from petseg_runtime.artifact import open_artifact
@@ -128,7 +128,7 @@ print(receipt.summary)
     assert done.stdout.startswith("smoke, 4 photos: passed, f32 in onnxruntime")
 
 
-def test_the_runtime_segments_where_torch_and_onnx_are_not_installed(tmp_path: Path) -> None:
+def test_the_runtime_segments_without_torch_and_onnx(tmp_path: Path) -> None:
     blocked = {"torch", "torchvision", "onnx", "onnxscript", "safetensors", "matplotlib", "petseg", "petseg_export"}
     program = """
 try:
@@ -152,7 +152,7 @@ def modules() -> list[str]:
     return [module.name for module in pkgutil.walk_packages(petseg_runtime.__path__, "petseg_runtime.")]
 
 
-def test_the_list_of_modules_below_is_whole() -> None:
+def test_the_list_of_modules_below_is_complete() -> None:
     source = Path(petseg_runtime.__file__).parent
     files = {path.relative_to(source).with_suffix("") for path in source.rglob("*.py")} - {Path("__init__")}
     assert {Path(*name.split(".")[1:]) for name in modules()} == {
@@ -161,7 +161,7 @@ def test_the_list_of_modules_below_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["petseg_runtime", *modules()])
-def test_every_name_a_module_offers_exists(name: str) -> None:
+def test_every_name_in_dunder_all_exists(name: str) -> None:
     module: Any = importlib.import_module(name)
     offered = getattr(module, "__all__", None)
     if offered is None:
@@ -176,7 +176,7 @@ READMES = ("README.md", "runtime/README.md")
 
 
 def readme_imports() -> list[str]:
-    """The import lines of all Python that the READMEs show."""
+    """The import lines of all Python examples in the READMEs."""
     root = Path(__file__).parents[2]
     shown = (re.findall(r"```python\n(.*?)```", (root / name).read_text(encoding="utf-8"), re.S) for name in READMES)
     lines = (line for blocks in shown for block in blocks for line in block.splitlines())
@@ -184,17 +184,17 @@ def readme_imports() -> list[str]:
 
 
 @pytest.mark.parametrize("line", readme_imports())
-def test_what_the_readmes_import_can_be_imported(line: str) -> None:
+def test_the_readmes_imports_work(line: str) -> None:
     exec(line, {})
 
 
-def test_the_package_refuses_a_name_it_does_not_have() -> None:
+def test_an_unknown_package_attribute_is_an_error() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         _ = petseg_runtime.nonsense
 
 
-def test_a_type_checker_refuses_a_misspelt_name(tmp_path: Path) -> None:
-    """And knows every right one."""
+def test_a_type_checker_rejects_a_misspelt_name(tmp_path: Path) -> None:
+    """And accepts every correct one."""
     pytest.importorskip("mypy")
     names = ", ".join(petseg_runtime.__all__)
     program = f"from petseg_runtime import {names}\nfrom petseg_runtime import Segmentr\n"
@@ -228,7 +228,7 @@ def test_photos_and_masks_are_checked_without_an_extra(folder_root: Path) -> Non
 
 
 @pytest.mark.parametrize("command", sorted(CALLS))
-def test_a_command_whose_extra_is_missing_names_it_and_ends_with_7(command: str, tmp_path: Path) -> None:
+def test_a_command_whose_extra_is_missing_names_it_and_exits_with_7(command: str, tmp_path: Path) -> None:
     args = [word.format(folder=tmp_path) for word in CALLS[command]]
     packages = {"torch", "torchvision", "safetensors", "tensorboard", "matplotlib", "onnx", "onnxscript"}
     done = python(CLI, *args, blocked=packages)

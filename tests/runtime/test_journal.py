@@ -68,21 +68,21 @@ Photo = Callable[..., Item]
 # --------------------------------------------------------------------------------------------- resuming
 
 
-def test_what_was_noted_is_finished_and_nothing_else_is(folder: Path, photo: Photo) -> None:
+def test_only_noted_photos_are_finished(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     note(folder, cat)
     assert is_finished(folder, cat)
     assert not is_finished(folder, dog)
 
 
-def test_going_on_where_nothing_was_begun_begins(folder: Path, photo: Photo) -> None:
+def test_resuming_without_a_journal_starts_a_run(folder: Path, photo: Photo) -> None:
     assert not is_finished(folder, photo())
     with Journal(folder, SETTINGS, resume=True) as journal:
         journal.add(photo(), result(folder))
     assert is_finished(folder, photo())
 
 
-def test_what_a_resumed_run_adds_is_kept_with_what_was_there(folder: Path, photo: Photo) -> None:
+def test_a_resumed_run_appends_to_the_journal(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     note(folder, cat)
     with Journal(folder, SETTINGS, resume=True) as journal:
@@ -91,21 +91,21 @@ def test_what_a_resumed_run_adds_is_kept_with_what_was_there(folder: Path, photo
     assert is_finished(folder, dog)
 
 
-def test_a_run_without_resume_forgets_what_was_there(folder: Path, photo: Photo) -> None:
+def test_a_run_without_resume_discards_the_journal(folder: Path, photo: Photo) -> None:
     cat = photo()
     note(folder, cat)
     note(folder)
     assert not is_finished(folder, cat)
 
 
-def test_a_line_is_on_disk_as_soon_as_it_was_added(folder: Path, photo: Photo) -> None:
+def test_a_line_is_on_disk_once_added(folder: Path, photo: Photo) -> None:
     with Journal(folder, SETTINGS, resume=False) as journal:
         journal.add(photo(), result(folder))
         lines = (folder / JOURNAL).read_text().splitlines()
     assert [json.loads(line).get("name") for line in lines] == [None, "cat"]
 
 
-def test_a_photo_that_changed_is_done_again(folder: Path, photo: Photo) -> None:
+def test_a_changed_photo_is_redone(folder: Path, photo: Photo) -> None:
     cat = photo()
     note(folder, cat)
     os.utime(cat.source, ns=(1, 1))
@@ -117,7 +117,7 @@ def test_a_photo_that_changed_is_done_again(folder: Path, photo: Photo) -> None:
     assert not is_finished(folder, cat)
 
 
-def test_a_photo_that_changes_while_it_is_read_is_done_again(folder: Path, photo: Photo) -> None:
+def test_a_photo_changed_while_read_is_redone(folder: Path, photo: Photo) -> None:
     """It is unknown which of the two versions was segmented."""
     cat = photo()
     with Journal(folder, SETTINGS, resume=False) as journal:
@@ -127,13 +127,13 @@ def test_a_photo_that_changes_while_it_is_read_is_done_again(folder: Path, photo
     assert not is_finished(folder, cat)
 
 
-def test_the_same_name_of_another_photo_is_done_again(folder: Path, photo: Photo) -> None:
+def test_another_photo_under_the_same_name_is_redone(folder: Path, photo: Photo) -> None:
     note(folder, photo("cat"))
     other = photo("other")
     assert not is_finished(folder, Item(other.source, PurePath("cat")))
 
 
-def test_a_result_that_is_gone_or_cut_is_done_again(folder: Path, photo: Photo) -> None:
+def test_a_missing_or_truncated_result_is_redone(folder: Path, photo: Photo) -> None:
     cat = photo()
     note(folder, cat)
     result(folder).write_bytes(b"res")
@@ -144,7 +144,7 @@ def test_a_result_that_is_gone_or_cut_is_done_again(folder: Path, photo: Photo) 
     assert is_finished(folder, cat)
 
 
-def test_standard_input_is_known_by_its_bytes_not_by_their_number(folder: Path, photo: Photo) -> None:
+def test_stdin_is_identified_by_content_not_length(folder: Path, photo: Photo) -> None:
     photo("stdin")
     one, two = (Item(STDIN, PurePath("stdin"), data=data) for data in (b"one", b"two"))
     note(folder, one)
@@ -154,7 +154,7 @@ def test_standard_input_is_known_by_its_bytes_not_by_their_number(folder: Path, 
 
 @pytest.mark.parametrize("first", ["photos/cat.jpg", "./photos/../photos/cat.jpg", "link/cat.jpg", None])
 @pytest.mark.parametrize("then", ["cat.jpg", "../link/cat.jpg", None])
-def test_a_photo_is_the_same_however_its_path_is_spelled(
+def test_a_photo_is_recognised_however_its_path_is_spelled(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str | None, then: str | None
 ) -> None:
     source = tmp_path / "photos" / "cat.jpg"
@@ -168,7 +168,7 @@ def test_a_photo_is_the_same_however_its_path_is_spelled(
     assert is_finished(folder, Item(Path(then or source), PurePath("cat")))
 
 
-def test_a_journal_with_paths_as_they_were_typed_is_still_read(
+def test_a_journal_with_paths_as_typed_is_still_read(
     folder: Path, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As earlier versions wrote it, and without the suffixes of results."""
@@ -188,7 +188,7 @@ def test_a_journal_with_paths_as_they_were_typed_is_still_read(
         assert not is_finished(folder, cat)
 
 
-def test_a_run_knows_how_much_is_noted_and_of_which_photos(folder: Path, photo: Photo) -> None:
+def test_a_run_knows_which_photos_are_noted(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     note(folder, cat)
     result(folder, "cat").unlink()
@@ -201,7 +201,7 @@ def test_a_run_knows_how_much_is_noted_and_of_which_photos(folder: Path, photo: 
 # ----------------------------------------------------------------------------------------- results in one file
 
 
-def test_values_come_back_and_those_of_photos_that_changed_do_not(folder: Path, photo: Photo) -> None:
+def test_values_are_restored_except_for_changed_photos(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     with Journal(folder, SETTINGS, resume=False) as journal:
         journal.add(cat, None, {"height": 3, "name": "caf\udce9"})
@@ -228,12 +228,12 @@ def test_values_stay_in_the_file_not_in_memory(folder: Path, photo: Photo) -> No
         items = [Item(cat.source, PurePath(name)) for name in names]
         for _ in range(2):
             assert [value["name"] for _, value in Values(journal, items)] == names
-    assert kept < 200 * 5000, "one of forty may wait to be freed"
+    assert kept < 200 * 5000, "one of the forty values may not be freed yet"
     with Journal(folder, SETTINGS, resume=True) as journal:
         assert [value["name"] for _, value in Values(journal, [*items, photo("dog")])] == names
 
 
-def test_a_value_that_another_program_has_spoilt_is_an_output_error(folder: Path, photo: Photo) -> None:
+def test_a_value_corrupted_by_another_program_is_an_output_error(folder: Path, photo: Photo) -> None:
     cat = photo()
     for spoilt in (b"", b"{}\n" * 100, b'{"schema_version": 2, "settings": {}}\n' * 9):
         with Journal(folder, SETTINGS, resume=False) as journal:
@@ -247,7 +247,7 @@ def test_a_value_that_another_program_has_spoilt_is_an_output_error(folder: Path
 # -------------------------------------------------------------------------------------------- other settings
 
 
-def test_other_settings_are_refused_with_both_values(folder: Path, photo: Photo) -> None:
+def test_other_settings_are_rejected_with_both_values(folder: Path, photo: Photo) -> None:
     cat = photo()
     note(folder, cat)
     before = (folder / JOURNAL).read_bytes()
@@ -263,13 +263,13 @@ def test_other_settings_are_refused_with_both_values(folder: Path, photo: Photo)
     assert is_finished(folder, cat)
 
 
-def test_a_setting_that_one_of_them_does_not_know_is_another_setting(folder: Path, photo: Photo) -> None:
+def test_a_setting_missing_on_one_side_is_a_different_setting(folder: Path, photo: Photo) -> None:
     note(folder, photo())
     with pytest.raises(OutputError, match="min_area was None, now 0"):
         is_finished(folder, photo(), min_area=0.1)
 
 
-def test_a_setting_of_videos_alone_costs_no_photo(folder: Path, photo: Photo) -> None:
+def test_a_video_only_setting_does_not_invalidate_photos(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     note(folder, cat, format="png")
     with Journal(folder, SETTINGS | {"format": "png", "video_format": "mp4"}, resume=True) as journal:
@@ -286,7 +286,7 @@ def test_a_setting_of_videos_alone_costs_no_photo(folder: Path, photo: Photo) ->
     "header",
     ['{"schema_version": 1, "settings": {}}', '{"schema_version": 2}', '{"schema_version": 2, "settings": 7}'],
 )
-def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, header: str) -> None:
+def test_a_journal_of_another_version_is_rejected(folder: Path, photo: Photo, header: str) -> None:
     (folder / JOURNAL).write_text(header + "\n")
     with pytest.raises(OutputError, match="not a journal of this version of petseg; start again without --resume"):
         is_finished(folder, photo())
@@ -296,7 +296,7 @@ def test_a_journal_of_another_version_is_refused(folder: Path, photo: Photo, hea
 
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("text", ["{}\n", "export PATH=/bin\n", '{"schema_version"', "\n", "\0" * 30])
-def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, resume: bool) -> None:
+def test_a_file_that_is_not_a_journal_is_not_modified(folder: Path, text: str, resume: bool) -> None:
     begun = '{"schema_version": '.startswith(text)
     (folder / JOURNAL).write_text(text)
     if begun:  # cut off by a crash
@@ -312,7 +312,7 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(folder: Path, text: str, res
 
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_in_the_journals_place_is_not_followed(
+def test_a_link_in_place_of_the_journal_is_not_followed(
     folder: Path, tmp_path: Path, photo: Photo, there: bool, resume: bool
 ) -> None:
     """In an unpacked folder it may lead to any file of the user."""
@@ -328,13 +328,13 @@ def test_a_link_in_the_journals_place_is_not_followed(
     assert (mine.read_bytes() if mine.exists() else None) == before
 
 
-def test_a_pipe_in_the_journals_place_is_refused_and_not_waited_for(folder: Path) -> None:
+def test_a_pipe_in_place_of_the_journal_is_rejected_without_blocking(folder: Path) -> None:
     os.mkfifo(folder / JOURNAL)
     with pytest.raises(OutputError, match=r"ndjson: not a regular file; remove it"):
         Journal(folder, SETTINGS, resume=False)
 
 
-def test_lines_of_a_run_with_other_settings_count_for_nothing(folder: Path, photo: Photo) -> None:
+def test_lines_of_a_run_with_other_settings_are_ignored(folder: Path, photo: Photo) -> None:
     """Two runs shared the folder; the header is that of the later one."""
     cat, dog = photo("cat"), photo("dog")
     with (
@@ -350,7 +350,7 @@ def test_lines_of_a_run_with_other_settings_count_for_nothing(folder: Path, phot
 # ----------------------------------------------------------------------------------------- after a crash
 
 
-def test_wherever_a_journal_is_cut_the_next_run_goes_on_and_the_one_after_it_too(folder: Path, photo: Photo) -> None:
+def test_a_journal_truncated_anywhere_can_be_resumed_repeatedly(folder: Path, photo: Photo) -> None:
     cat, dog, bird = photo("cat"), photo("dog"), photo("bird")
     note(folder, cat, dog)
     path = folder / JOURNAL
@@ -368,7 +368,7 @@ def test_wherever_a_journal_is_cut_the_next_run_goes_on_and_the_one_after_it_too
 
 @given(st.binary(max_size=60), st.booleans())
 @settings(max_examples=40)
-def test_any_bytes_at_its_end_cost_no_line_before_them(
+def test_garbage_at_the_end_does_not_affect_earlier_lines(
     tmp_path_factory: pytest.TempPathFactory, junk: bytes, deep: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("junk")
@@ -383,7 +383,7 @@ def test_any_bytes_at_its_end_cost_no_line_before_them(
     assert is_finished(folder, item)
 
 
-def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(folder: Path) -> None:
+def test_only_a_killed_runs_partial_files_are_removed(folder: Path) -> None:
     long = "x" * 60
     left = {
         "cat": [".cat.0123abcd.part.png", ".cat-2.0123abcd.part.mp4", "cat/.0001.0123abcd.part.png"],
@@ -411,19 +411,17 @@ def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else_is(fold
     assert all((folder / name).exists() for name in own)
 
 
-# ------------------------------------------------------------------------------------- two runs at a time
+# ---------------------------------------------------------------------------------------- concurrent runs
 
 
-def test_runs_without_resume_may_share_a_folder(folder: Path, photo: Photo) -> None:
+def test_runs_without_resume_can_share_a_folder(folder: Path, photo: Photo) -> None:
     with Journal(folder, SETTINGS, resume=False):  # has another lock, even in the same process
         note(folder, photo())
     assert is_finished(folder, photo())
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_a_run_that_begins_beside_a_live_one_keeps_what_that_has_noted(
-    folder: Path, photo: Photo, threshold: float
-) -> None:
+def test_a_run_started_beside_an_active_one_keeps_its_notes(folder: Path, photo: Photo, threshold: float) -> None:
     cat, dog, bird = photo("cat"), photo("dog"), photo("bird")
     with Journal(folder, SETTINGS, resume=False) as live:
         live.add(cat, result(folder, "cat"))
@@ -439,7 +437,7 @@ def test_a_run_that_begins_beside_a_live_one_keeps_what_that_has_noted(
     assert not is_finished(folder, cat), "no run is active any more"
 
 
-def test_where_two_runs_wrote_to_one_place_the_last_ones_result_is_there(folder: Path, photo: Photo) -> None:
+def test_of_two_runs_with_the_same_result_path_the_later_note_counts(folder: Path, photo: Photo) -> None:
     cat = photo()
     other = {"threshold": 0.9}
     with Journal(folder, SETTINGS, resume=False) as ours, Journal(folder, SETTINGS | other, resume=False) as theirs:
@@ -453,7 +451,7 @@ def test_where_two_runs_wrote_to_one_place_the_last_ones_result_is_there(folder:
     assert not is_finished(folder, cat, **other)
 
 
-def test_runs_whose_results_have_other_places_take_nothing_from_each_other(folder: Path, photo: Photo) -> None:
+def test_runs_with_different_result_paths_do_not_interfere(folder: Path, photo: Photo) -> None:
     cat = photo()
     picture = folder / "cat.jpg"
     picture.write_bytes(b"overlay")
@@ -473,7 +471,7 @@ def test_runs_whose_results_have_other_places_take_nothing_from_each_other(folde
 
 
 @pytest.mark.parametrize("written", [True, False])
-def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, photo: Photo, written: bool) -> None:
+def test_a_note_without_a_result_does_not_replace_another_runs(folder: Path, photo: Photo, written: bool) -> None:
     """A run with `--only-found` notes a photo without a pet."""
     cat = photo()
     with (
@@ -486,7 +484,7 @@ def test_a_run_that_wrote_nothing_of_a_photo_replaced_nothing(folder: Path, phot
         assert journal.finished(cat, result(folder) if written else None)
 
 
-def test_what_an_earlier_run_wrote_does_not_undo_that_nothing_was_written(folder: Path, photo: Photo) -> None:
+def test_an_existing_result_does_not_invalidate_a_note_without_one(folder: Path, photo: Photo) -> None:
     cat = photo()
     with Journal(folder, SETTINGS, resume=False) as journal:
         journal.add(cat, None)
@@ -494,7 +492,7 @@ def test_what_an_earlier_run_wrote_does_not_undo_that_nothing_was_written(folder
     assert is_finished(folder, cat)
 
 
-def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Path, photo: Photo) -> None:
+def test_the_latest_run_with_other_settings_is_reported(folder: Path, photo: Photo) -> None:
     with (
         Journal(folder, SETTINGS | {"threshold": 0.1}, resume=False),
         Journal(folder, SETTINGS | {"threshold": 0.2}, resume=False),
@@ -506,7 +504,7 @@ def test_of_several_runs_with_other_settings_the_last_one_is_told_of(folder: Pat
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_lock_that_is_held_for_a_moment_is_waited_for(
+def test_a_briefly_held_lock_is_waited_for(
     folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     """A new run truncates the file only if no other run is active."""
@@ -520,7 +518,9 @@ def test_a_lock_that_is_held_for_a_moment_is_waited_for(
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (True, True)])
-def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: Photo, theirs: bool, ours: bool) -> None:
+def test_a_resumed_run_requires_exclusive_use_of_the_folder(
+    folder: Path, photo: Photo, theirs: bool, ours: bool
+) -> None:
     cat = photo()
     note(folder, cat)
     part = folder / ".cat.0123abcd.part.png"
@@ -537,17 +537,17 @@ def test_a_run_that_goes_on_shares_the_folder_with_nobody(folder: Path, photo: P
     assert not part.exists()
 
 
-# --------------------------------------------------------------------------------------- not writable
+# --------------------------------------------------------------------------------- unwritable folders
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_with_its_journal(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_rejected_naming_the_journal(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).mkdir()
     for resume in (False, True):
         with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written \(Is a directory\)"):
             Journal(tmp_path, SETTINGS, resume=resume)
 
 
-def test_a_disk_that_is_full_is_an_output_error_and_the_lines_before_it_count(folder: Path, photo: Photo) -> None:
+def test_a_full_disk_is_an_output_error_and_earlier_lines_count(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     journal = Journal(folder, SETTINGS, resume=False)
@@ -563,7 +563,7 @@ def test_a_disk_that_is_full_is_an_output_error_and_the_lines_before_it_count(fo
     assert not is_finished(folder, dog)
 
 
-def test_a_file_system_without_locks_will_do(folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_supported(folder: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: Any) -> None:
         raise OSError(37, "No locks available")
 

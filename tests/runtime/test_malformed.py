@@ -54,7 +54,7 @@ MAX_GROWTH = 400 * 2**20
 ADDRESS_SPACE = 4 * 2**30
 
 
-# ------------------------------------------------------------------------------------------------------ good files
+# ----------------------------------------------------------------------------------------------------- valid files
 
 
 def encoded(image: Image.Image, kind: str, frames: tuple[Image.Image, ...] = (), **options) -> bytes:
@@ -177,7 +177,7 @@ def model() -> bytes:
     return whole.SerializeToString()
 
 
-# ------------------------------------------------------------------------------------------------- what is done to them
+# ------------------------------------------------------------------------------------------------------------ mutations
 
 
 def read_photo(data: bytes, name: str = "") -> None:
@@ -225,7 +225,7 @@ READERS: dict[str, tuple[Callable[..., None], type[PetsegError]]] = {
     "sidecar": (read_sidecar, ModelError),
 }
 
-# --------------------------------------------------------------------------------------------------- the malformed ones
+# ------------------------------------------------------------------------------------------------------ malformed files
 
 
 def cases() -> Iterator[tuple[str, str, Action]]:
@@ -554,7 +554,7 @@ def fuzz(runs: int, seed: int) -> Iterator[tuple[str, str, Action]]:
             yield f"sidecar {number} of seed {seed}", "sidecar", functools.partial(read_sidecar, mutated(rng, texts))
 
 
-# ----------------------------------------------------------------------------------------------- the process that runs
+# ------------------------------------------------------------------------------------------------ the separate process
 
 
 def attempt(action: Action, documented: type[PetsegError]) -> str:

@@ -11,7 +11,7 @@ from petseg_runtime.memory_budget import MemoryBudget, Reservation
 
 
 def waiting(budget: MemoryBudget, reservation: Reservation, size: int) -> tuple[threading.Thread, list[str]]:
-    """A thread that must wait because too little is left."""
+    """Start a thread that must wait because too little memory is left."""
     came: list[str] = []
 
     def take() -> None:
@@ -28,7 +28,7 @@ def waiting(budget: MemoryBudget, reservation: Reservation, size: int) -> tuple[
     return thread, came
 
 
-def test_who_finds_too_little_left_waits_until_others_have_gone() -> None:
+def test_a_reservation_waits_until_enough_memory_is_released() -> None:
     budget, first, second = MemoryBudget(10), Reservation(), Reservation()
     budget.reserve(first, 6)
     thread, came = waiting(budget, second, 5)
@@ -39,7 +39,7 @@ def test_who_finds_too_little_left_waits_until_others_have_gone() -> None:
     assert second.waited > 0
 
 
-def test_who_is_waited_for_takes_what_it_wants() -> None:
+def test_an_expedited_reservation_ignores_the_budget() -> None:
     budget, first, second = MemoryBudget(10), Reservation(), Reservation()
     budget.reserve(first, 6)
     thread, came = waiting(budget, second, 50)
@@ -48,12 +48,12 @@ def test_who_is_waited_for_takes_what_it_wants() -> None:
     assert came == ["taken"]
 
 
-def test_one_that_is_alone_may_be_larger_than_the_budget() -> None:
+def test_a_sole_reservation_may_exceed_the_budget() -> None:
     MemoryBudget(10).reserve(Reservation(), 1000)
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_whom_nobody_waits_for_any_more_waits_no_longer(closed: bool) -> None:
+def test_closing_or_releasing_cancels_a_waiting_reservation(closed: bool) -> None:
     budget, first, second = MemoryBudget(10), Reservation(), Reservation()
     budget.reserve(first, 6)
     thread, came = waiting(budget, second, 5)

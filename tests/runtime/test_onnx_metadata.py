@@ -30,7 +30,7 @@ LIGHT = sorted((Path(onnx.__file__).parent / "backend/test/data/light").glob("*.
 EDGE = Path(petseg_runtime.__file__).parent / "models" / "edge.onnx"
 
 
-# ------------------------------------------------------------------------------------------------------ building
+# ----------------------------------------------------------------------------------------------- building models
 
 
 def weights(name: str = "w", values: int = 4) -> TensorProto:
@@ -168,11 +168,11 @@ def check_against_onnx(data: bytes) -> None:
         assert_agrees(ours, theirs)
 
 
-# ---------------------------------------------------------------------------------------- agreement on good files
+# --------------------------------------------------------------------------------------- agreement on valid files
 
 
 @pytest.mark.parametrize("path", [*LIGHT, EDGE], ids=lambda path: path.stem)
-def test_real_models_read_as_onnx_reads_them(path: Path) -> None:
+def test_real_models_are_read_as_by_onnx(path: Path) -> None:
     model = onnx.load(path)
     ours = read(path)
     assert_agrees(ours, model)
@@ -194,7 +194,7 @@ def test_a_small_model_is_read_in_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", TensorProto.DataType.values())
-def test_every_element_type_has_the_name_that_numpy_gives_it(code: int) -> None:
+def test_every_element_type_has_its_numpy_name(code: int) -> None:
     info = helper.make_tensor_value_info("x", code, [2])
     assert parse(small_model(small_graph(inputs=[info])).SerializeToString()).inputs[0].dtype == dtype_name(code)
 
@@ -204,7 +204,7 @@ def test_an_unknown_element_type_is_named_by_its_number() -> None:
     assert parse(small_model(small_graph(inputs=[info])).SerializeToString()).inputs[0].dtype == "type 99"
 
 
-def test_values_that_are_not_tensors_are_named_by_their_kind() -> None:
+def test_values_that_are_not_tensors_are_described_by_their_kind() -> None:
     float_type = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
     types = {
         "sequence": helper.make_sequence_type_proto(float_type),
@@ -239,7 +239,7 @@ dimensions = st.one_of(st.none(), names, st.integers(0, 2**63 - 1))
     st.dictionaries(names, names, max_size=4),
     st.lists(st.tuples(st.sampled_from(["", "ai.onnx", "x"]), st.integers(-(2**63), 2**63 - 1)), max_size=3),
 )
-def test_generated_models_read_as_onnx_reads_them(values, metadata, opsets) -> None:
+def test_generated_models_are_read_as_by_onnx(values, metadata, opsets) -> None:
     model = small_model(small_graph(inputs=[helper.make_tensor_value_info(*value) for value in values]))
     del model.opset_import[:]
     for domain, version in opsets:
@@ -248,12 +248,12 @@ def test_generated_models_read_as_onnx_reads_them(values, metadata, opsets) -> N
     assert_agrees(parse(model.SerializeToString()), model)
 
 
-# --------------------------------------------------------------------------------------------- metadata, identity
+# ------------------------------------------------------------------------------------------ metadata and identity
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"]))))
-def test_metadata_written_here_are_read_here_and_by_onnx(metadata: dict[str, str]) -> None:
+def test_written_metadata_are_read_back_here_and_by_onnx(metadata: dict[str, str]) -> None:
     data = with_metadata(small_bytes(), metadata)
     theirs = onnx.load_from_string(data)
     assert parse(data).metadata == metadata
@@ -279,7 +279,7 @@ def test_metadata_between_other_fields_are_found_and_replaced() -> None:
     assert with_metadata(data, {}) == pieces[1] + pieces[3]
 
 
-def test_identity_is_the_hash_of_the_file_without_its_metadata() -> None:
+def test_identity_is_the_hash_of_the_file_without_metadata() -> None:
     assert parse(small_bytes()).identity == hashlib.sha256(with_metadata(small_bytes(), {})).hexdigest()
 
 
@@ -310,29 +310,29 @@ def test_identity_depends_on_the_order_of_the_fields() -> None:
     [{"\ud800": ""}, {"a": "\udfff"}, {f"k{i}": "" for i in range(1001)}, {"a": "x" * (16 * 2**20)}],
     ids=["surrogate key", "surrogate value", "too many", "too long"],
 )
-def test_metadata_that_could_not_be_read_back_are_not_written(metadata: dict[str, str]) -> None:
+def test_metadata_that_could_not_be_read_back_are_rejected(metadata: dict[str, str]) -> None:
     with pytest.raises(ModelError):
         with_metadata(small_bytes(), metadata)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", small_bytes()[:50], block(6, b"") + b"\x73"])
-def test_metadata_are_not_added_to_what_is_no_model(data: bytes) -> None:
+def test_metadata_are_not_added_to_a_file_that_is_not_a_model(data: bytes) -> None:
     with pytest.raises(ModelError):
         with_metadata(data, {"a": "b"})
 
 
-def test_as_many_metadata_as_the_limit_allows_are_written_and_read() -> None:
+def test_metadata_up_to_the_limit_are_written_and_read() -> None:
     metadata = {f"k{i}": "v" for i in range(1000)}
     assert parse(with_metadata(small_bytes(), metadata)).metadata == metadata
 
 
-def test_more_metadata_than_the_limit_are_refused() -> None:
+def test_metadata_beyond_the_limit_are_rejected() -> None:
     refused(GRAPH + b"".join(block(14, block(1, b"%d" % i)) for i in range(1001)), "more than 1000")
     refused(GRAPH + block(14, block(2, b"x" * (16 * 2**20 + 1))), "more than 16 MiB")
     assert len(parse(GRAPH + block(14, block(2, b"x" * (16 * 2**20)))).metadata[""]) == 16 * 2**20
 
 
-def test_a_key_that_comes_twice_is_refused() -> None:
+def test_a_duplicate_key_is_rejected() -> None:
     entry = block(14, block(1, b"petseg.spec"))
     refused(GRAPH + entry + entry, "'petseg.spec' twice")
 
@@ -402,7 +402,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_external_data_are_refused_wherever_they_are(place: str) -> None:
+def test_external_data_are_rejected_anywhere(place: str) -> None:
     located = external()
     located.ClearField("external_data")
     listed = external()
@@ -414,7 +414,7 @@ def test_external_data_are_refused_wherever_they_are(place: str) -> None:
     parse(PLACES[place](weights()).SerializeToString())  # so the tensor was rejected, not its position
 
 
-def test_what_onnx_saves_with_external_data_is_refused_and_the_remedy_helps(tmp_path: Path) -> None:
+def test_a_model_saved_with_external_data_is_rejected_and_the_remedy_works(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     model = small_model(small_graph(initializer=[weights(values=1000)]))
     onnx.save(model, path, save_as_external_data=True, location="weights.bin")
@@ -425,7 +425,7 @@ def test_what_onnx_saves_with_external_data_is_refused_and_the_remedy_helps(tmp_
 
 
 @pytest.mark.parametrize("number", [2**32 + 1, 2**33 + 1, 2**63 + 1])
-def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: int) -> None:
+def test_a_location_with_high_bits_in_its_field_number_is_found(number: int) -> None:
     data = block(7, block(5, varint(14 << 3) + varint(number)))
     theirs = onnx_reads(data)
     assert theirs is not None
@@ -477,11 +477,11 @@ def test_a_location_that_hides_in_the_upper_half_of_its_number_is_found(number: 
         (block(7, block(11, block(2, block(1, block(2, block(1, b"") * 65))))), "more than 64 axes"),
     ],
 )
-def test_damage_is_refused_with_its_reason(data: bytes, match: str) -> None:
+def test_damage_is_rejected_with_its_reason(data: bytes, match: str) -> None:
     refused(data, match)
 
 
-def test_the_largest_numbers_are_read_as_protobuf_reads_them() -> None:
+def test_the_largest_numbers_are_read_as_by_protobuf() -> None:
     for value in (2**63 - 1, 2**63, 2**64 - 1):
         data = GRAPH + varint(8) + varint(value)
         theirs = onnx_reads(data)
@@ -495,7 +495,7 @@ def test_unknown_fields_are_skipped() -> None:
     assert parse(unknown + small_bytes() + unknown).metadata == parse(small_bytes()).metadata
 
 
-def test_the_later_alternative_of_a_oneof_counts() -> None:
+def test_the_last_alternative_of_a_oneof_wins() -> None:
     dimension = block(2, b"N") + varint(1 << 3) + b"\x05"
     tensor, sequence = block(1, varint(8) + b"\x02" + block(2, block(1, dimension))), block(4, b"")
     for of in (tensor + sequence, sequence + tensor):
@@ -507,7 +507,7 @@ def test_the_later_alternative_of_a_oneof_counts() -> None:
         assert parse(data).inputs == (expected,)
 
 
-def test_a_cut_at_any_length_is_refused_unless_onnx_too_finds_a_whole_model() -> None:
+def test_truncation_at_any_length_is_rejected_unless_onnx_accepts_it() -> None:
     data = small_bytes()
     readable = 0
     for length in range(len(data)):
@@ -520,7 +520,7 @@ def test_a_cut_at_any_length_is_refused_unless_onnx_too_finds_a_whole_model() ->
     assert 0 < readable < 10
 
 
-def test_every_flipped_bit_is_refused_or_read_as_onnx_reads_it() -> None:
+def test_every_flipped_bit_is_rejected_or_read_as_by_onnx() -> None:
     data = small_bytes()
     for position in range(len(data)):
         for bit in range(8):
@@ -531,7 +531,7 @@ def test_every_flipped_bit_is_refused_or_read_as_onnx_reads_it() -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=200))
-def test_random_bytes_are_refused_or_read_as_onnx_reads_them(data: bytes) -> None:
+def test_random_bytes_are_rejected_or_read_as_by_onnx(data: bytes) -> None:
     if data:
         check_against_onnx(data)
 
@@ -548,7 +548,7 @@ wire_bytes = st.recursive(
 
 @settings(deadline=None, max_examples=400)
 @given(wire_bytes)
-def test_well_formed_nonsense_is_refused_or_read_as_onnx_reads_it(data: bytes) -> None:
+def test_well_formed_nonsense_is_rejected_or_read_as_by_onnx(data: bytes) -> None:
     if data:
         check_against_onnx(data)
         check_against_onnx(data + GRAPH)
@@ -578,7 +578,7 @@ def test_a_length_beyond_its_message_allocates_nothing() -> None:
             assert peak_while_refusing(inside, "wants|left") < 100_000
 
 
-def test_a_length_may_not_reach_over_its_message_into_the_next() -> None:
+def test_a_length_may_not_extend_beyond_its_message() -> None:
     inner = b"\x0a\x7f"  # a key of 127 bytes, which fit into the file but not into the entry
     refused(GRAPH + block(14, inner) + block(2, b"x" * 200), "has 127 bytes where 0 are left")
 
@@ -591,14 +591,14 @@ def deep(levels: int) -> bytes:
     return block(7, data)
 
 
-def test_graphs_nested_as_deep_as_onnx_reads_them_are_read_and_deeper_ones_are_not() -> None:
+def test_graphs_are_read_up_to_onnxs_nesting_depth() -> None:
     assert parse(deep(32)).inputs == ()
     assert onnx_reads(deep(32)) is not None
     assert onnx_reads(deep(34)) is None
     refused(deep(34), "nested more than 100")
 
 
-def test_deep_nesting_ends_early_and_in_little_memory() -> None:
+def test_deep_nesting_is_rejected_early_and_in_little_memory() -> None:
     assert sys.getrecursionlimit() < 2000  # a recursive reader would raise a RecursionError
     assert peak_while_refusing(deep(5000), "nested more than 100") < 1_000_000
 
@@ -615,7 +615,7 @@ def test_deep_nesting_ends_early_and_in_little_memory() -> None:
     ],
     ids=["metadata", "inputs", "axes", "text", "fields", "attributes"],
 )
-def test_many_small_fields_do_not_become_much_memory(bomb: bytes, match: str) -> None:
+def test_many_small_fields_do_not_exhaust_memory(bomb: bytes, match: str) -> None:
     assert peak_while_refusing(bomb, match) < 5_000_000
 
 
@@ -627,7 +627,7 @@ def test_the_number_of_fields_is_limited(monkeypatch: pytest.MonkeyPatch) -> Non
     refused(block(25, block(7, b"") * 1001) + GRAPH, "more than 1000 fields")
 
 
-def test_the_work_grows_with_the_bytes_and_not_with_the_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_grows_with_file_size_not_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
     visited = 0
     field = onnx_metadata._Wire._field
 
@@ -661,7 +661,7 @@ def test_weights_are_not_copied(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- files on the disk
 
 
-def test_a_missing_file_an_empty_one_a_folder_and_a_pipe_are_refused(tmp_path: Path) -> None:
+def test_missing_and_empty_files_folders_and_pipes_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").touch()
     os.mkfifo(tmp_path / "pipe.onnx")  # without a writer: opening it would block
     for path, match in (
@@ -676,7 +676,7 @@ def test_a_missing_file_an_empty_one_a_folder_and_a_pipe_are_refused(tmp_path: P
         assert str(path) in str(caught.value)
 
 
-def test_more_than_two_gibibytes_are_refused_unread(tmp_path: Path) -> None:
+def test_files_above_two_gibibytes_are_rejected_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.onnx"
     with path.open("wb") as file:
         file.write(small_bytes())
@@ -685,7 +685,7 @@ def test_more_than_two_gibibytes_are_refused_unread(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_damaged_file_is_refused_and_closed_again(tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected_and_closed(tmp_path: Path) -> None:
     path = tmp_path / "cut.onnx"
     path.write_bytes(small_bytes()[:-1])
     for _ in range(5):
@@ -696,7 +696,7 @@ def test_a_damaged_file_is_refused_and_closed_again(tmp_path: Path) -> None:
     assert str(path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_read_permission_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "secret.onnx"
     path.write_bytes(small_bytes())
 

@@ -102,10 +102,10 @@ def disc(size: int = 160, radius: int = 60) -> np.ndarray:
     return np.round(255 / (1 + np.exp(distance / 6))).astype(np.uint8)[None]
 
 
-# ------------------------------------------------------------------------------------------------ what is measured
+# ---------------------------------------------------------------------------------------------------- measurements
 
 
-def test_identical_answers_differ_by_nothing_and_pass(noisy: np.ndarray) -> None:
+def test_identical_outputs_have_no_difference_and_pass(noisy: np.ndarray) -> None:
     row = compare(noisy, noisy)
     assert row.passed
     assert row.failures == ()
@@ -118,14 +118,14 @@ def test_identical_answers_differ_by_nothing_and_pass(noisy: np.ndarray) -> None
     assert (row.worst["expected"], row.worst["got"]) == (noisy[0, 0, 0], noisy[0, 0, 0])
 
 
-def test_the_digest_is_of_the_photos_pixels_in_order(noisy: np.ndarray) -> None:
+def test_the_digest_covers_the_photos_pixels_in_order(noisy: np.ndarray) -> None:
     proof = proof_with(noisy)
     assert proof.sha256 == hashlib.sha256(b"".join(image.tobytes() for image in proof.images)).hexdigest()
     assert dataclasses.replace(proof, images=proof.images[::-1]).sha256 != proof.sha256
     assert dataclasses.replace(proof, images=np.asfortranarray(proof.images)).sha256 == proof.sha256
 
 
-def test_the_model_gets_the_photos_one_by_one_and_the_watcher_counts_them(noisy: np.ndarray) -> None:
+def test_photos_are_run_one_by_one_and_progress_is_counted(noisy: np.ndarray) -> None:
     proof, seen, done = proof_with(noisy), [], []
 
     def run(batch: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_the_model_gets_the_photos_one_by_one_and_the_watcher_counts_them(noisy:
     assert done == list(range(1, 21))
 
 
-def test_answers_are_taken_before_the_model_can_change_them(noisy: np.ndarray) -> None:
+def test_outputs_are_copied_before_the_model_can_change_them(noisy: np.ndarray) -> None:
     """If an engine returns its internal buffer, every photo is still compared with its own output."""
     buffer, left = np.zeros((1, H, W), np.uint8), iter(noisy)
 
@@ -150,7 +150,7 @@ def test_answers_are_taken_before_the_model_can_change_them(noisy: np.ndarray) -
 
 
 @pytest.mark.parametrize("photos", [20, 3])
-def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, photos: int) -> None:
+def test_a_dynamic_batch_model_is_also_run_on_a_batch_of_three(noisy: np.ndarray, photos: int) -> None:
     proof, batches = proof_with(noisy[:photos]), []
     any_number = dataclasses.replace(SPEC, batch=0)
 
@@ -171,7 +171,7 @@ def test_a_model_that_takes_any_number_is_run_on_three_too(noisy: np.ndarray, ph
     assert [len(batch) for batch in batches] == [1] * photos
 
 
-def test_the_99th_percentile_of_a_batch_is_that_of_a_row(noisy: np.ndarray) -> None:
+def test_the_99th_percentile_of_a_batch_matches_that_of_a_row(noisy: np.ndarray) -> None:
     """Sixteen of 1536 pixels are more than 1 %; an interpolated percentile would be 3.25."""
     proof = proof_with(np.minimum(noisy, 250))
     together = proof.expected[:3].copy()
@@ -186,7 +186,7 @@ def test_the_99th_percentile_of_a_batch_is_that_of_a_row(noisy: np.ndarray) -> N
     assert row.failures == ("3 at a time: 99th percentile of the differences 5/255, allowed 4/255",)
 
 
-def test_a_model_of_any_size_is_held_to_another_size_too(noisy: np.ndarray) -> None:
+def test_a_dynamic_size_model_is_also_checked_at_another_size(noisy: np.ndarray) -> None:
     proof = proof_with(noisy[:3])
     other = dataclasses.replace(proof, images=proof.images[:, :, :16], expected=proof.expected[:, :, :16])
 
@@ -205,7 +205,7 @@ def test_a_model_of_any_size_is_held_to_another_size_too(noisy: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("photos", [20, 3])
-def test_an_engine_that_takes_batches_is_held_to_one_too(noisy: np.ndarray, photos: int) -> None:
+def test_a_batching_engine_is_also_checked_on_a_batch(noisy: np.ndarray, photos: int) -> None:
     proof, batches = proof_with(noisy[:photos]), []
     info = dataclasses.replace(INFO, batch=8)
 
@@ -224,18 +224,18 @@ def test_an_engine_that_takes_batches_is_held_to_one_too(noisy: np.ndarray, phot
     batches.clear()
     shift = 1  # each photo gets its neighbour's output
     row = parity.compare(run, info, proof, SPEC)
-    assert (row.passed, row.max_difference) == (False, 0), "what is measured is measured one by one"
+    assert (row.passed, row.max_difference) == (False, 0), "differences are measured photo by photo"
     assert all(failure.startswith("8 at a time: ") for failure in row.failures)
     assert "8 at a time: largest difference 25" in row.failures[0]
 
 
-def test_an_engine_whose_batch_has_another_shape_breaks_the_contract(noisy: np.ndarray) -> None:
+def test_a_batch_output_of_another_shape_violates_the_contract(noisy: np.ndarray) -> None:
     with pytest.raises(ParityShapes):
         parity.compare(answering(noisy), dataclasses.replace(INFO, batch=2), proof_with(noisy[:19]), SPEC)
 
 
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1), count=st.integers(1, 3), threshold=st.floats(0.05, 0.95))
-def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, count: int, threshold: float) -> None:
+def test_every_measurement_matches_brute_force(data: st.DataObject, seed: int, count: int, threshold: float) -> None:
     rng = np.random.default_rng(seed)
     spread = data.draw(st.sampled_from([0, 1, 2, 5, 30, 255]))
     cutout_threshold = data.draw(st.floats(0.05, 0.95))
@@ -306,7 +306,7 @@ def test_every_number_is_what_brute_force_finds(data: st.DataObject, seed: int, 
 
 
 @pytest.mark.parametrize("count", [25, 50, 75, 100])
-def test_the_99th_percentile_does_not_stumble_over_rounding(count: int) -> None:
+def test_the_99th_percentile_is_exact_at_whole_numbers_of_pixels(count: int) -> None:
     """If 1 % of the pixels is a whole number, exactly that many may differ by more."""
     expected = np.random.default_rng(0).integers(50, 200, (count, H, W), np.uint8)
     got = expected.copy()
@@ -317,20 +317,20 @@ def test_the_99th_percentile_does_not_stumble_over_rounding(count: int) -> None:
     assert compare(expected, got, "fp16").p99_difference == 9
 
 
-def test_two_empty_masks_agree() -> None:
+def test_two_empty_masks_have_an_iou_of_1() -> None:
     answer = np.random.default_rng(0).integers(0, 100, (1, H, W), np.uint8)
     row = compare(answer, answer + 1)
     assert (row.max_difference, row.min_mask_iou, row.passed) == (1, 1, True)
 
 
 @pytest.mark.parametrize(("expected", "got"), [(0, 255), (255, 0)])
-def test_differences_do_not_wrap_around_in_bytes(expected: int, got: int) -> None:
+def test_differences_do_not_wrap_around_in_uint8(expected: int, got: int) -> None:
     row = compare(np.full((1, H, W), expected, np.uint8), np.full((1, H, W), got, np.uint8))
     assert (row.max_difference, row.mean_difference, row.p99_difference) == (255, 255, 255)
     assert set(row.registration.values()) == {255.0}
 
 
-def test_the_mask_begins_at_the_threshold_of_the_spec(noisy: np.ndarray) -> None:
+def test_the_mask_uses_the_specs_threshold(noisy: np.ndarray) -> None:
     got = np.where(noisy == 102, 101, noisy).astype(np.uint8)  # 102 is pet at 0.4, and 101 is not
     proof = proof_with(noisy)
     for threshold, same in ((0.4, False), (0.399, False), (0.395, True), (0.401, True)):
@@ -351,7 +351,7 @@ def test_the_mask_begins_at_the_threshold_of_the_spec(noisy: np.ndarray) -> None
         lambda out: out.astype(bool),
     ],
 )
-def test_an_answer_of_another_shape_or_type_is_named(noisy: np.ndarray, wrong: Callable[[Any], Any]) -> None:
+def test_an_output_of_another_shape_or_type_is_named(noisy: np.ndarray, wrong: Callable[[Any], Any]) -> None:
     with pytest.raises(ParityShapes) as caught:
         parity.compare(lambda batch: wrong(batch[..., 0]), INFO, proof_with(noisy), SPEC)
     got = wrong(np.zeros((1, H, W), np.uint8))
@@ -361,7 +361,7 @@ def test_an_answer_of_another_shape_or_type_is_named(noisy: np.ndarray, wrong: C
     assert caught.value.exit_code == 10
 
 
-def test_the_task_gets_all_answers_and_its_words_are_kept(noisy: np.ndarray) -> None:
+def test_the_task_gets_all_outputs_and_its_result_is_kept(noisy: np.ndarray) -> None:
     seen: list[np.ndarray] = []
     task = {"photos": 20, "reference": 0.91, "this": 0.9075, "loss": 0.25}
 
@@ -375,10 +375,10 @@ def test_the_task_gets_all_answers_and_its_words_are_kept(noisy: np.ndarray) -> 
     assert "task IoU 0.9075, -0.25 points" in row.summary
 
 
-# ------------------------------------------------------------------------------------------------ what is allowed
+# ----------------------------------------------------------------------------------------------------- tolerances
 
 
-def test_the_tolerances_are_these() -> None:
+def test_the_tolerances_match_the_documented_values() -> None:
     half = Tolerance(p99_difference=4, min_mask_iou=0.85, mean_mask_iou=0.995, mean_cutout_iou=0.995)
     expected = {
         "f32": Tolerance(max_difference=1, min_mask_iou=0.999),
@@ -408,18 +408,20 @@ def test_the_tolerances_are_these() -> None:
         ("int8", "int8", "int8"),
     ],
 )
-def test_the_coarser_of_stored_and_computed_decides(stored: str, computed: str, row: str, noisy: np.ndarray) -> None:
+def test_the_coarser_of_stored_and_computed_precision_sets_the_tolerance(
+    stored: str, computed: str, row: str, noisy: np.ndarray
+) -> None:
     assert tolerance_for(stored, computed) == TOLERANCES[row]
     assert compare(noisy, noisy, stored, computed).tolerance == TOLERANCES[row]
 
 
-def test_every_precision_that_a_file_can_have_has_a_tolerance() -> None:
+def test_every_file_precision_has_a_tolerance() -> None:
     for stored in PRECISIONS:
         assert isinstance(tolerance_for(stored, "f32"), Tolerance)
 
 
 @pytest.mark.parametrize(("steps", "passes"), [(-2, False), (-1, True), (1, True), (2, False)])
-def test_in_f32_one_pixel_may_be_off_by_one_step_and_not_by_two(noisy: np.ndarray, steps: int, passes: bool) -> None:
+def test_in_f32_a_pixel_may_differ_by_one_step_but_not_two(noisy: np.ndarray, steps: int, passes: bool) -> None:
     expected = noisy.copy()
     expected[13, 3, 4] = 200
     got = expected.copy()
@@ -443,7 +445,7 @@ def test_in_f32_one_pixel_may_be_off_by_one_step_and_not_by_two(noisy: np.ndarra
         ("int8", 31, False),
     ],
 )
-def test_masks_may_differ_by_so_many_pixels_in_a_thousand(precision: str, lost: int, passes: bool) -> None:
+def test_masks_may_differ_by_the_tolerated_share_of_pixels(precision: str, lost: int, passes: bool) -> None:
     row = compare(pet(1000), without(pet(1000), lost), computed=precision)
     assert row.max_difference == 1
     assert row.mean_mask_iou == row.min_mask_iou == (1000 - lost) / 1000
@@ -451,7 +453,7 @@ def test_masks_may_differ_by_so_many_pixels_in_a_thousand(precision: str, lost: 
     assert ("mask IoU" in " ".join(row.failures)) is not passes
 
 
-def test_in_f32_the_worst_mask_decides_and_elsewhere_the_mean() -> None:
+def test_in_f32_the_worst_mask_counts_and_otherwise_the_mean() -> None:
     """One of 20 photos has an IoU of 0.91."""
     expected = np.concatenate([pet(1000)] * 20)
     got = np.concatenate([pet(1000)] * 19 + [without(pet(1000), 90)])
@@ -465,7 +467,9 @@ def test_in_f32_the_worst_mask_decides_and_elsewhere_the_mean() -> None:
 
 @pytest.mark.parametrize(("step", "passes"), [(4, True), (5, False)])
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
-def test_in_half_precision_99_pixels_in_100_may_be_off_by_four_steps(step: int, passes: bool, precision: str) -> None:
+def test_in_half_precision_99_percent_of_pixels_may_differ_by_four_steps(
+    step: int, passes: bool, precision: str
+) -> None:
     expected = np.random.default_rng(0).integers(0, 100, (1, 64, 64), np.uint8)
     got = expected.copy()
     got.reshape(-1)[:40] += 27  # fewer than 1 % may differ by anything that leaves the masks unchanged
@@ -477,16 +481,16 @@ def test_in_half_precision_99_pixels_in_100_may_be_off_by_four_steps(step: int, 
 @pytest.mark.parametrize(
     ("loss", "passes"), [(-2.0, True), (0.0, True), (0.5, True), (0.51, False), (float("nan"), False)]
 )
-def test_in_int8_the_task_may_lose_half_a_point(noisy: np.ndarray, loss: float, passes: bool) -> None:
+def test_in_int8_the_task_loss_may_be_half_a_point(noisy: np.ndarray, loss: float, passes: bool) -> None:
     task = {"photos": 12, "reference": 0.9, "this": 0.9 - loss / 100, "loss": loss}
     row = compare(noisy, noisy, "int8", "int8", task=lambda answers: task)
     assert row.passed is passes
     if not passes:
         assert f"IoU on 12 labelled photos falls by {loss:.2f} points, allowed 0.5" in row.failures
-    assert compare(noisy, noisy, "fp32", task=lambda answers: task).passed, "elsewhere it is only told"
+    assert compare(noisy, noisy, "fp32", task=lambda answers: task).passed, "in other precisions it is only reported"
 
 
-def test_one_bad_photo_among_many_is_enough_to_fail_and_is_named(noisy: np.ndarray) -> None:
+def test_one_bad_photo_among_many_fails_and_is_named(noisy: np.ndarray) -> None:
     got = noisy.copy()
     got[13] = 255 - got[13]
     row = compare(noisy, got)
@@ -496,7 +500,7 @@ def test_one_bad_photo_among_many_is_enough_to_fail_and_is_named(noisy: np.ndarr
     assert any("smallest mask IoU" in failure and "(pet 13.jpg)" in failure for failure in row.failures)
 
 
-def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
+def test_a_failure_names_photo_position_values_and_tolerance() -> None:
     expected = np.concatenate([pet(1000)] * 3)
     expected[1, 40, 50] = 7
     got = expected.copy()
@@ -514,7 +518,7 @@ def test_a_failure_names_photo_place_numbers_and_what_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(("precision", "lost"), [("fp16", 160), ("int8", 510)])
-def test_one_photo_that_is_broken_among_many_good_ones_fails(precision: str, lost: int) -> None:
+def test_one_broken_photo_among_many_good_ones_fails(precision: str, lost: int) -> None:
     """The means over many photos hide it."""
     expected = np.concatenate([pet(1000)] * 200)
     got = expected.copy()
@@ -524,7 +528,7 @@ def test_one_photo_that_is_broken_among_many_good_ones_fails(precision: str, los
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_haze_around_the_pet_that_only_cutouts_show_fails(precision: str) -> None:
+def test_a_haze_visible_only_in_cutouts_fails(precision: str) -> None:
     proof = proof_with(expected := np.concatenate([disc(radius=30)] * 16))
     spec = dataclasses.replace(spec_of(proof, precision=precision), cutout_threshold=0.05)
     rows, columns = np.nonzero(expected[0] < 3)
@@ -535,7 +539,7 @@ def test_a_haze_around_the_pet_that_only_cutouts_show_fails(precision: str) -> N
     assert not [line for line in told if "smallest" in line]
 
 
-def test_a_row_says_how_its_engine_came_about(noisy: np.ndarray) -> None:
+def test_a_row_records_how_its_engine_was_chosen(noisy: np.ndarray) -> None:
     """A different one may have been intended to run."""
     info = dataclasses.replace(INFO, notes=("cuda is broken",))
     row = parity.compare(answering(noisy), info, proof_with(noisy), SPEC)
@@ -543,14 +547,14 @@ def test_a_row_says_how_its_engine_came_about(noisy: np.ndarray) -> None:
     assert row.as_dict()["notes"] == ["cuda is broken"]
 
 
-# ------------------------------------------------------------------------------------------------ registration
+# --------------------------------------------------------------------------------------------------- alignment
 
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCES))
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: str) -> None:
+def test_an_output_shifted_by_one_pixel_fails(direction: str, precision: str) -> None:
     """Even if the output is so smooth that the masks hardly differ."""
     dy, dx = DIRECTIONS[direction]
     expected = disc()
@@ -565,7 +569,7 @@ def test_an_answer_that_is_moved_by_one_pixel_fails(direction: str, precision: s
     assert f"(mean difference 0.000/255 against {row.registration['0,0']:.3f}/255)" in told
 
 
-def test_an_answer_in_its_place_passes_and_is_told_to_be_there() -> None:
+def test_an_unshifted_output_passes_with_shift_0_0() -> None:
     got = np.clip(disc().astype(int) + np.random.default_rng(0).integers(-1, 2, disc().shape), 0, 255)
     row = compare(disc(), got.astype(np.uint8), "int8", "int8")
     assert row.passed
@@ -575,7 +579,7 @@ def test_an_answer_in_its_place_passes_and_is_told_to_be_there() -> None:
 
 @pytest.mark.parametrize("precision", ["f32", "int8"])
 @pytest.mark.parametrize("value", [0, 200, 255])
-def test_a_constant_answer_to_a_constant_shows_nothing_and_fails(value: int, precision: str) -> None:
+def test_a_constant_output_for_a_constant_reference_fails(value: int, precision: str) -> None:
     flat = np.full((3, H, W), value, np.uint8)
     row = compare(flat, flat, computed=precision)
     assert (row.max_difference, row.min_mask_iou) == (0, 1)
@@ -585,7 +589,7 @@ def test_a_constant_answer_to_a_constant_shows_nothing_and_fails(value: int, pre
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_a_constant_answer_to_pets_fails_whatever_else_is_allowed(
+def test_a_constant_output_for_pets_fails_at_any_tolerance(
     value: int, noisy: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(parity.TOLERANCES, "int8", Tolerance())
@@ -594,7 +598,7 @@ def test_a_constant_answer_to_pets_fails_whatever_else_is_allowed(
     assert "not aligned" in told
 
 
-def test_one_photo_that_shows_nothing_among_others_does_no_harm(noisy: np.ndarray) -> None:
+def test_one_constant_reference_among_others_does_not_fail(noisy: np.ndarray) -> None:
     expected = noisy.copy()
     expected[4] = 0
     assert compare(expected, expected).passed
@@ -619,7 +623,7 @@ def bad(noisy: np.ndarray) -> Comparison:
     return compare(noisy, 255 - noisy, computed="bf16")
 
 
-def test_a_row_says_in_one_line_what_it_found(good: Comparison, bad: Comparison) -> None:
+def test_a_row_has_a_one_line_summary(good: Comparison, bad: Comparison) -> None:
     assert good.summary.startswith("passed, f32 in fake 1.2 (cpu, none): difference max 0/255, mean 0.0000/255")
     assert bad.summary.startswith("FAILED, bf16 in fake 1.2 (cpu, none): difference max 255/255")
     for row in (good, bad):
@@ -635,7 +639,7 @@ def test_fewer_than_sixteen_photos_are_a_smoke_test_and_say_so(good: Comparison,
     assert receipt.summary.startswith(f"{kind}, {photos} photos: passed")
 
 
-def test_a_receipt_passes_if_all_its_rows_do(good: Comparison, bad: Comparison) -> None:
+def test_a_receipt_passes_if_all_rows_pass(good: Comparison, bad: Comparison) -> None:
     assert receipt_of(good).passed is True
     assert receipt_of(good, good).passed is True
     assert receipt_of(good, bad).passed is False
@@ -648,7 +652,7 @@ def test_a_receipt_passes_if_all_its_rows_do(good: Comparison, bad: Comparison) 
     assert bad.summary in receipt_of(good, bad).summary
 
 
-def test_what_nothing_ran_has_no_verdict() -> None:
+def test_a_receipt_without_rows_has_no_verdict() -> None:
     receipt = receipt_of(note="no GPU here")
     assert (receipt.kind, receipt.passed, receipt.failures) == ("built, not run", None, ())
     assert receipt.summary == "built, not run: no GPU here"
@@ -656,7 +660,7 @@ def test_what_nothing_ran_has_no_verdict() -> None:
     require(receipt)  # and no error is raised
 
 
-def test_numbers_that_are_none_fail_with_the_tensors_names(good: Comparison) -> None:
+def test_nonfinite_values_fail_with_the_tensor_names(good: Comparison) -> None:
     names = [f"layer{index}" for index in range(8)]
     for rows in ((), (good,)):
         receipt = receipt_of(*rows, scan={"photos": 4, "tensors": 50, "non_finite": names})
@@ -685,7 +689,7 @@ def test_a_receipt_is_json(good: Comparison, bad: Comparison) -> None:
     assert Receipt(**{**raw, "names": tuple(raw["names"])}, rows=tuple(read)) == receipt
 
 
-def test_a_failed_receipt_is_an_error_that_says_where_and_by_how_much(good: Comparison, bad: Comparison) -> None:
+def test_a_failed_receipt_raises_with_location_and_difference(good: Comparison, bad: Comparison) -> None:
     with pytest.raises(ParityTolerance) as caught:
         require(receipt_of(good, bad))
     message = str(caught.value)
@@ -697,7 +701,7 @@ def test_a_failed_receipt_is_an_error_that_says_where_and_by_how_much(good: Comp
     require(receipt_of(good))
 
 
-# ------------------------------------------------------------------------------------------------ proofs as files
+# -------------------------------------------------------------------------------------------- parity record files
 
 
 @pytest.fixture(scope="module")
@@ -740,22 +744,22 @@ def rewrite(path: Path, says: dict[str, Any] | None = None, /, **arrays: Any) ->
     np.savez_compressed(path, **{**new, **arrays})
 
 
-def test_a_proof_lies_beside_its_file_under_the_whole_name() -> None:
+def test_a_parity_record_is_named_after_the_full_file_name() -> None:
     assert proof_of(Path("a/b.onnx")) == Path("a/b.onnx.parity.npz")
     assert proof_of(Path("b.xml")) == Path("b.xml.parity.npz")
 
 
-def test_a_proof_comes_back_as_it_went_out(proof: Proof, file: Path) -> None:
+def test_a_parity_record_survives_a_round_trip(proof: Proof, file: Path) -> None:
     assert_same(load_proof(file, SPEC, CHECKPOINT), proof)
 
 
-def test_the_names_of_photos_may_be_any(proof: Proof, file: Path) -> None:
+def test_photo_names_may_be_arbitrary(proof: Proof, file: Path) -> None:
     odd = dataclasses.replace(proof, names=("größe 猫.jpg", "two\nlines \udce9"))
     file.write_bytes(odd.to_bytes())
     assert load_proof(file, SPEC, CHECKPOINT).names == odd.names
 
 
-def test_the_same_proof_gives_the_same_bytes(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_parity_record_gives_the_same_bytes(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
     before = proof.to_bytes()
     monkeypatch.setattr("time.time", lambda: 2e9)
     monkeypatch.setattr("time.localtime", lambda *when: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
@@ -766,12 +770,12 @@ def test_the_same_proof_gives_the_same_bytes(proof: Proof, monkeypatch: pytest.M
     assert dataclasses.replace(proof, reference="else").to_bytes() != before
 
 
-def test_a_proof_holds_three_arrays_and_no_more(file: Path) -> None:
+def test_a_parity_record_contains_exactly_three_arrays(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         assert sorted(archive.namelist()) == ["about.npy", "expected.npy", "images.npy"]
 
 
-def test_the_first_photos_are_a_proof_too(proof: Proof, file: Path) -> None:
+def test_a_subset_of_photos_is_a_valid_parity_record(proof: Proof, file: Path) -> None:
     first = proof.spread(1)
     assert (first.names, len(first.images), len(first.expected)) == (proof.names[:1], 1, 1)
     assert first.sha256 != proof.sha256
@@ -781,7 +785,7 @@ def test_the_first_photos_are_a_proof_too(proof: Proof, file: Path) -> None:
     assert_same(load_proof(file, SPEC, CHECKPOINT), first)
 
 
-def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
+def test_a_parity_record_of_large_photos_stays_within_the_read_limit(
     proof: Proof, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for 16 photos of 4096 x 4096, which fill the gibibyte."""
@@ -795,36 +799,36 @@ def test_of_large_photos_a_proof_has_no_more_than_may_be_read(
     assert len(proof.spread(16).names) == 1
 
 
-def test_a_missing_proof_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_missing_parity_record_error_says_how_to_get_it(tmp_path: Path) -> None:
     message = refused(tmp_path / "none.parity.npz")
     assert "no such file" in message
     assert "copy it to the device" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"no proof", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04N."])
-def test_what_is_no_proof_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_parity_record_is_rejected(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.npz").write_bytes(content)
     assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
-def test_a_folder_is_no_proof(tmp_path: Path) -> None:
+def test_a_folder_is_rejected_as_parity_record(tmp_path: Path) -> None:
     assert "not a regular file" in refused(tmp_path)
 
 
-def test_a_lone_array_is_no_proof(tmp_path: Path) -> None:
+def test_a_bare_npy_file_is_rejected_as_parity_record(tmp_path: Path) -> None:
     with (tmp_path / "file.npz").open("wb") as file:
         np.save(file, np.zeros(3, np.uint8))
     assert "not a parity record" in refused(tmp_path / "file.npz")
 
 
-def test_a_truncated_proof_is_refused(file: Path) -> None:
+def test_a_truncated_parity_record_is_rejected(file: Path) -> None:
     whole = file.read_bytes()
     for length in [*range(0, len(whole), 37), len(whole) - 1]:
         file.write_bytes(whole[:length])
         assert "damaged" in refused(file)
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing(proof: Proof, file: Path) -> None:
+def test_a_flipped_bit_is_rejected_or_has_no_effect(proof: Proof, file: Path) -> None:
     """In all headers, and at some places in the arrays; bytes without a checksum (dates) do not matter."""
     whole, accepted = file.read_bytes(), 0
     places = [*range(150), *range(150, len(whole) - 350, 11), *range(len(whole) - 350, len(whole))]
@@ -849,7 +853,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["about", "images", "expected"])
-def test_nothing_in_a_proof_is_ever_unpickled(name: str, file: Path, tmp_path: Path) -> None:
+def test_nothing_in_a_parity_record_is_unpickled(name: str, file: Path, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     trap: Any = np.empty(1, object)
     trap[0] = Trap(sprung)
@@ -871,7 +875,9 @@ def test_a_pickle_without_an_archive_is_never_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_proof_that_claims_more_than_memory_is_refused_unread(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parity_record_declaring_more_than_memory_is_rejected_unread(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = bytearray(file.read_bytes())
     entry = content.index(b"PK\x01\x02")  # the first of the central directory
     content[entry + 24 : entry + 28] = struct.pack("<I", parity.MAX_PROOF + 1)
@@ -885,7 +891,7 @@ def test_a_proof_that_claims_more_than_memory_is_refused_unread(file: Path, monk
     assert f"declares more than {parity.MAX_PROOF} bytes" in message
 
 
-def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_too_large_only_in_total_are_rejected(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(file) as archive:
         sizes = [entry.file_size for entry in archive.infolist()]
     monkeypatch.setattr(parity, "MAX_PROOF", sum(sizes))
@@ -894,7 +900,7 @@ def test_parts_that_are_too_large_only_together_are_refused(file: Path, monkeypa
     assert "declares more" in refused(file)
 
 
-def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) -> None:
+def test_a_parity_record_with_oversized_json_is_rejected_unread(file: Path) -> None:
     """A megabyte on disk, gigabytes of nested lists once it is parsed as JSON."""
     text = b"[" + b"[]," * (parity.MAX_ABOUT // 3) + b"[]]"
     with_member(file, "about.npy", array_file((len(text),), text))
@@ -902,7 +908,7 @@ def test_a_proof_whose_text_would_fill_the_memory_is_refused_unread(file: Path) 
 
 
 @pytest.mark.parametrize("name", ["about", "images", "expected"])
-def test_a_member_that_numpy_would_take_for_another_is_refused_unread(name: str, file: Path) -> None:
+def test_a_member_that_shadows_another_in_numpy_is_rejected_unread(name: str, file: Path) -> None:
     """In addition to the member whose size is checked; numpy prefers the name without its suffix."""
     with zipfile.ZipFile(file) as archive:
         there = archive.read(f"{name}.npy")
@@ -914,7 +920,7 @@ def test_a_member_that_numpy_would_take_for_another_is_refused_unread(name: str,
     )
 
 
-def test_members_of_one_name_are_refused(file: Path) -> None:
+def test_duplicate_member_names_are_rejected(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         there = archive.read("about.npy")
     with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
@@ -924,7 +930,7 @@ def test_members_of_one_name_are_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [(), ("about.npy",)])
-def test_an_archive_that_lacks_a_member_is_refused(file: Path, kept: tuple[str, ...]) -> None:
+def test_an_archive_without_a_listed_member_is_rejected(file: Path, kept: tuple[str, ...]) -> None:
     with zipfile.ZipFile(file) as archive:
         content = {name: archive.read(name) for name in kept}
     with zipfile.ZipFile(file, "w") as archive:
@@ -933,7 +939,7 @@ def test_an_archive_that_lacks_a_member_is_refused(file: Path, kept: tuple[str, 
     assert refused(file).startswith(f"contains {[*kept]}, where ")
 
 
-def test_a_pipe_is_no_proof_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_as_parity_record_is_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.onnx.parity.npz")
     assert "not a regular file" in refused(tmp_path / "model.onnx.parity.npz")
 
@@ -974,19 +980,19 @@ def with_member(path: Path, name: str, content: bytes) -> None:
         pytest.param(b"\x93NUMPY\x01\x00\x10\x00((((((((((((((((", id="header"),
     ],
 )
-def test_an_odd_array_in_a_proof_is_refused(name: str, content: bytes, file: Path) -> None:
+def test_a_malformed_array_in_a_parity_record_is_rejected(name: str, content: bytes, file: Path) -> None:
     with_member(file, name, content)
     refused(file)
 
 
 @pytest.mark.parametrize("name", ["about", "images", "expected"])
-def test_a_member_that_is_no_array_is_refused(name: str, file: Path) -> None:
+def test_a_member_that_is_not_an_array_is_rejected(name: str, file: Path) -> None:
     """numpy returns such a member as raw bytes."""
     with_member(file, name, b'{"names": ["a"]}')
     refused(file)
 
 
-def test_an_encrypted_member_is_refused(file: Path) -> None:
+def test_an_encrypted_member_is_rejected(file: Path) -> None:
     content = bytearray(file.read_bytes())
     for mark, flags in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
         start = content.index(mark)
@@ -996,7 +1002,7 @@ def test_an_encrypted_member_is_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [9, 14, 93, 99])
-def test_an_unknown_compression_is_refused(method: int, file: Path) -> None:
+def test_an_unknown_compression_is_rejected(method: int, file: Path) -> None:
     content = bytearray(file.read_bytes())
     for mark, where in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
         start = content.index(mark)
@@ -1052,43 +1058,43 @@ def test_arrays_of_another_type_shape_or_count_are_named(
 
 
 @pytest.mark.parametrize("names", [[], ["one"], ["one", "two", "three"]])
-def test_names_that_do_not_match_the_photos_are_refused(names: list[str], file: Path) -> None:
+def test_names_that_do_not_match_the_photos_are_rejected(names: list[str], file: Path) -> None:
     rewrite(file, {"names": names})
     assert "expected" in refused(file)
 
 
-def test_a_proof_of_no_photos_proves_nothing(proof: Proof, file: Path) -> None:
+def test_a_parity_record_without_photos_is_rejected(proof: Proof, file: Path) -> None:
     file.write_bytes(proof.spread(0).to_bytes())
     assert "expected" in refused(file)
 
 
-def test_a_proof_at_another_size_is_refused(file: Path) -> None:
+def test_a_parity_record_at_another_size_is_rejected(file: Path) -> None:
     message = refused(file, spec=dataclasses.replace(SPEC, height=32))
     assert "[2, 32, 32, 3]" in message
 
 
 @pytest.mark.parametrize("checkpoint", ["cd" * 32, ""])
-def test_the_proof_of_another_model_is_refused_with_both_checkpoints(checkpoint: str, file: Path) -> None:
+def test_another_models_parity_record_is_rejected_with_both_checkpoints(checkpoint: str, file: Path) -> None:
     message = refused(file, checkpoint)
     assert CHECKPOINT[:12] in message
     assert (checkpoint[:12] or "none") in message
 
 
 @pytest.mark.parametrize("sha", [None, 7, ["ab" * 32]])
-def test_a_checkpoint_that_is_no_text_is_another(sha: object, file: Path) -> None:
+def test_a_checkpoint_id_that_is_not_text_never_matches(sha: object, file: Path) -> None:
     rewrite(file, {"checkpoint_sha256": sha})
     assert "another model" in refused(file)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_schema_says_to_upgrade(version: object, file: Path) -> None:
+def test_another_schema_version_says_to_upgrade(version: object, file: Path) -> None:
     rewrite(file, {"schema_version": version})
     message = refused(file)
     assert f"schema_version {version!r}" in message
     assert "upgrade" in message
 
 
-# ------------------------------------------------------------------------------------------------ measured in engines
+# ----------------------------------------------------------------------------------------------- measuring in engines
 
 
 def test_in_onnx_runtime_a_float32_file_has_one_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
@@ -1101,7 +1107,7 @@ def test_in_onnx_runtime_a_float32_file_has_one_row(toy: Toy, prove: Toy, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
-def test_in_openvino_there_is_a_row_in_f32_and_one_in_what_it_prefers(
+def test_in_openvino_there_are_rows_in_f32_and_in_its_default_precision(
     form: str, toy: Toy, ir: Toy, prove: Toy, tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
@@ -1147,7 +1153,7 @@ class Abacus(Engine):
     ],
     ids=str,
 )
-def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
+def test_a_file_is_loaded_twice_only_if_exact_changes_the_precision(
     alone: dict[str, str],
     exact: dict[str, str],
     loads: list[bool],
@@ -1171,7 +1177,7 @@ def test_a_file_is_loaded_once_more_only_where_exact_changes_what_is_computed(
     assert all(row.passed for row in rows)
 
 
-def test_a_file_that_does_something_else_is_found_out(toy: Toy, prove: Toy, tmp_path: Path) -> None:
+def test_a_file_of_another_function_fails(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx", channel=2)
     (row,) = parity.measure(artifact, prove(artifact.spec, 3), backend="onnxruntime", threads=1)
     assert not row.passed
@@ -1179,7 +1185,7 @@ def test_a_file_that_does_something_else_is_found_out(toy: Toy, prove: Toy, tmp_
 
 
 @pytest.mark.parametrize("changes", [{"batch": 3}, {"dynamic_size": True}], ids=str)
-def test_a_file_with_a_fixed_batch_or_a_free_size_is_measured_too(
+def test_fixed_batch_and_dynamic_size_files_are_measured(
     changes: dict[str, Any], toy: Toy, prove: Toy, tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx", **changes)
@@ -1187,7 +1193,7 @@ def test_a_file_with_a_fixed_batch_or_a_free_size_is_measured_too(
     assert row.passed
 
 
-def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: Path) -> None:
+def test_each_rows_outputs_are_passed_to_the_task(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     proof, seen = prove(artifact.spec, 3), []
 
@@ -1200,7 +1206,7 @@ def test_each_row_hands_its_answers_to_the_task(toy: Toy, prove: Toy, tmp_path: 
     np.testing.assert_array_equal(seen[0], proof.expected)
 
 
-def test_an_engine_that_cannot_be_had_is_no_row(toy: Toy, prove: Toy, tmp_path: Path) -> None:
+def test_measuring_in_an_unknown_engine_is_an_error(toy: Toy, prove: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     with pytest.raises(EngineError, match="unknown engine 'pytorch'"):
         parity.measure(artifact, prove(artifact.spec), backend="pytorch")

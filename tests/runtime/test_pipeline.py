@@ -54,7 +54,7 @@ def threads() -> set[str]:
 
 @given(st.integers(0, 60), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3))
 @settings(max_examples=25)
-def test_every_source_comes_out_once_in_order_with_its_own_answer(
+def test_every_source_comes_out_once_in_order_with_its_output(
     count: int, streams: int, batch: int, workers: int
 ) -> None:
     with Pipeline(STEPS, streams, batch, workers=workers) as pipeline:
@@ -74,13 +74,13 @@ def test_every_source_comes_out_once_in_order_with_its_own_answer(
     assert not threads()
 
 
-def test_it_can_run_twice() -> None:
+def test_a_pipeline_can_run_twice() -> None:
     with Pipeline(STEPS, 1, workers=1) as pipeline:
         assert [outcome.source for outcome in pipeline.run([1, 2])] == [1, 2]
         assert [outcome.source for outcome in pipeline.run([4])] == [4]
 
 
-def test_results_are_the_consumers_alone() -> None:
+def test_the_pipeline_keeps_no_reference_to_consumed_results() -> None:
     """A thread that waits for its next photo does not keep the last one: at 48 megapixels, that would be 190 MB."""
 
     class Picture:
@@ -104,7 +104,7 @@ def test_a_slow_photo_does_not_change_the_order() -> None:
         assert [outcome.source for outcome in pipeline.run(range(6))] == list(range(6))
 
 
-def test_no_more_than_the_window_is_taken_ahead_of_what_was_asked_for() -> None:
+def test_read_ahead_is_limited_by_the_window() -> None:
     taken = []
 
     def sources() -> Iterator[int]:
@@ -120,7 +120,7 @@ def test_no_more_than_the_window_is_taken_ahead_of_what_was_asked_for() -> None:
         assert len(taken) == pipeline.window + 18
 
 
-def test_batches_are_what_waits_and_no_more_than_allowed() -> None:
+def test_batches_contain_waiting_photos_up_to_the_maximum() -> None:
     sizes: list[int] = []
     began = threading.Event()
 
@@ -137,7 +137,7 @@ def test_batches_are_what_waits_and_no_more_than_allowed() -> None:
     with Pipeline(Steps(counted, blocked, write), 1, 4, workers=1) as pipeline:
         outcomes = list(pipeline.run(range(14)))
     assert [outcome.source for outcome in outcomes] == list(range(14))
-    assert sum(sizes) == 13  # 7 cannot be read
+    assert sum(sizes) == 13  # source 7 cannot be read
     assert max(sizes) == 4
 
 
@@ -152,7 +152,7 @@ def test_any_other_error_ends_the_run_and_all_threads(step: str) -> None:
     assert not threads()
 
 
-def test_an_error_of_the_sources_ends_the_run() -> None:
+def test_an_error_in_the_source_iterator_ends_the_run() -> None:
     def sources() -> Iterator[int]:
         yield 1
         raise LookupError("no more")
@@ -163,7 +163,7 @@ def test_an_error_of_the_sources_ends_the_run() -> None:
 
 
 @pytest.mark.parametrize(("held", "before"), [("read", None), ("infer", "read"), ("write", "infer")])
-def test_leaving_early_drops_what_has_not_begun(held: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_early_cancels_pending_photos(held: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second photo blocks in a step until the pipeline is closing, and the third waits for that step."""
     begun = dict.fromkeys(("read", "infer", "write"), 0)
     second, third, leaving = threading.Event(), threading.Event(), threading.Event()
@@ -235,21 +235,21 @@ def crowd(sizes: list[int], memory: int, *, streams: int = 3, slow: int = -1) ->
 
 @given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_photos_wait_for_memory_and_none_for_ever(sizes: list[int], streams: int) -> None:
+def test_photos_wait_for_memory_without_deadlock(sizes: list[int], streams: int) -> None:
     order, most = crowd(sizes, memory=10, streams=streams)
     assert order == list(range(len(sizes)))
     # Beside the others, the photo that the consumer waits for and the one just consumed may have memory.
     assert most <= 10 + 2 * max(sizes, default=0)
 
 
-def test_many_large_photos_behind_a_slow_one_wait() -> None:
+def test_many_large_photos_wait_behind_a_slow_one() -> None:
     order, most = crowd([1, *[4] * 19], memory=10, slow=0)
     assert order == list(range(20))
-    assert most <= 18, "all of the window would be 20 photos, 77"
+    assert most <= 18, "a full window would be 20 photos that need 77"
 
 
 @pytest.mark.parametrize(("memory", "short"), [(10, True), (1000, False)])
-def test_freed_memory_goes_back_to_the_system_where_it_is_short(
+def test_freed_memory_is_returned_to_the_system_if_scarce(
     memory: int, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []
@@ -258,13 +258,13 @@ def test_freed_memory_goes_back_to_the_system_where_it_is_short(
     assert bool(calls) is short
 
 
-def test_a_photo_larger_than_the_memory_comes_through() -> None:
+def test_a_photo_larger_than_the_memory_budget_is_processed() -> None:
     order, most = crowd([3, 3, 1000, 3, 3], memory=10)
     assert order == list(range(5))
     assert most <= 1000 + 10 + 3
 
 
-def test_who_leaves_while_photos_wait_for_memory_is_not_kept() -> None:
+def test_leaving_while_photos_wait_for_memory_does_not_block() -> None:
     def want(source: int, reserve: Callable[[int], None]) -> Photo:
         reserve(6)
         return read(source, reserve)
@@ -321,13 +321,13 @@ sys.exit(7)
 @pytest.mark.parametrize(
     "args", [("100", "0", "1000"), ("100", "1", "1000"), ("2", "0.2", "1000"), ("100", "0.2", "10")], ids=" ".join
 )
-def test_a_script_may_end_while_results_are_left(args: tuple[str, ...]) -> None:
+def test_a_script_can_exit_with_unconsumed_results(args: tuple[str, ...]) -> None:
     """The threads are busy then, or wait for memory, or for results that nobody will consume."""
     done = subprocess.run([sys.executable, "-c", UNFINISHED, *args], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
-#: What a thread sees that another one overtakes: there is something, and when it takes it, it is gone.
+#: Simulates a race: the queue is not empty, but another thread takes the item first.
 OVERTAKEN = """
 import queue
 import numpy as np
@@ -347,7 +347,7 @@ with pipeline.Pipeline(steps, 1, 2, workers=1) as running:
 
 
 @pytest.mark.parametrize("where", ["read", "infer", "write"])
-def test_one_of_its_own_threads_may_close_it(where: str) -> None:
+def test_a_pipeline_can_be_closed_from_a_worker_thread(where: str) -> None:
     """The garbage collector does so in whatever thread it runs, if the iterator is in a reference cycle."""
     abandoned, raised = threading.Event(), []
 
@@ -376,7 +376,7 @@ def test_one_of_its_own_threads_may_close_it(where: str) -> None:
     assert (threads(), raised) == (set(), [])
 
 
-def test_a_batch_does_not_wait_for_what_another_thread_has_taken() -> None:
+def test_a_batch_does_not_wait_for_an_item_taken_by_another_thread() -> None:
     done = subprocess.run([sys.executable, "-c", OVERTAKEN], capture_output=True, text=True, timeout=30)
     assert (done.stdout, done.stderr) == ("written\n", "")
 
@@ -409,7 +409,7 @@ print("at exit", *alive())
 """
 
 
-def test_a_close_that_was_cut_short_is_finished_when_python_ends() -> None:
+def test_an_interrupted_close_is_completed_at_exit() -> None:
     """Otherwise a thread may be in native code while Python shuts down, which aborts the process."""
     done = subprocess.run([sys.executable, "-c", CUT_SHORT], capture_output=True, text=True, timeout=30)
     left, at_exit = done.stdout.splitlines()

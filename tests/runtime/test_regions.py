@@ -45,13 +45,13 @@ LEVELS = st.sampled_from([0, 1, DOUBTFUL - 1, DOUBTFUL, 128, CERTAIN - 1, CERTAI
 
 @settings(deadline=None)
 @given(SHAPES.flatmap(lambda shape: arrays(np.uint8, shape, elements=LEVELS)))
-def test_it_is_what_it_says(probability: np.ndarray) -> None:
+def test_small_maps_match_the_reference(probability: np.ndarray) -> None:
     before = probability.copy()
     np.testing.assert_array_equal(without_doubtful(probability), reference(probability))
     np.testing.assert_array_equal(probability, before)
 
 
-def test_a_reach_of_several_cells() -> None:
+def test_a_reach_of_several_cells_matches_the_reference() -> None:
     """Also at all four sides, one of which cuts cells in two: no dilation gets from the end of a row into the next."""
     haze = np.random.default_rng(0).integers(0, DOUBTFUL, (201, 230)).astype(np.uint8)
     for row, column in ((0, 0), (90, 229), (200, 100), (60, 0), (120, 120)):
@@ -59,7 +59,7 @@ def test_a_reach_of_several_cells() -> None:
     np.testing.assert_array_equal(without_doubtful(haze), reference(haze))
 
 
-def test_a_large_map() -> None:
+def test_a_large_map_matches_the_reference() -> None:
     """A reach of several pixels; a cat, a cushion apart from it, and the soft edges of both, which end within reach."""
     answer = np.zeros((256, 256), np.uint8)
     answer[95:165, 95:165] = 30
@@ -71,7 +71,7 @@ def test_a_large_map() -> None:
     np.testing.assert_array_equal(without_doubtful(answer), cat)
 
 
-def test_results_are_without_what_is_doubtful_unless_it_is_asked_for(toy: Any, tmp_path: Path) -> None:
+def test_results_exclude_low_confidence_regions_unless_requested(toy: Any, tmp_path: Path) -> None:
     free = toy(tmp_path / "free.onnx", dynamic_size=True).path
     photo = np.zeros((64, 64, 3), np.uint8)  # the toy's answer is the red channel
     photo[4:20, 4:20, 0] = 255

@@ -1,4 +1,4 @@
-"""A probability map and its derivatives: mask, pictures, polygons, run lengths, and whether there is a pet."""
+"""Segmentation results: mask, pictures, polygons, run lengths, and whether there is a pet."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_the_threshold_itself_is_pet(value: int, pet: bool) -> None:
     assert made(np.full((1, 1), value, np.uint8), threshold=0.2).mask.item() is pet
 
 
-def test_the_mask_goes_by_the_threshold_and_not_by_that_of_cutouts() -> None:
+def test_the_mask_uses_the_mask_threshold_not_the_cutout_threshold() -> None:
     probability = np.full((4, 4), 128, np.uint8)
     assert not made(probability, 0.9, 0.1).mask.any()
     assert made(probability, 0.1, 0.9).mask.all()
 
 
 @given(maps, open_unit)
-def test_coverage_is_the_share_of_pet(probability: np.ndarray, threshold: float) -> None:
+def test_coverage_is_the_share_of_pet_pixels(probability: np.ndarray, threshold: float) -> None:
     result = made(probability, threshold)
     coverage = result.coverage
     assert isinstance(coverage, float)
@@ -95,7 +95,7 @@ def test_the_probability_as_a_picture_is_the_map_itself() -> None:
 
 
 @given(open_unit)
-def test_cutout_is_opaque_where_certain_and_never_less_opaque_for_more_probability(threshold: float) -> None:
+def test_cutout_alpha_is_monotonic_in_probability_and_opaque_when_certain(threshold: float) -> None:
     alpha = np.array(every_probability(threshold).cutout())[..., 3].ravel().astype(int)
     assert alpha[0] == 0
     assert alpha[255] == 255
@@ -109,7 +109,7 @@ def test_cutout_is_half_transparent_at_its_threshold_with_soft_edges_around(thre
     assert np.count_nonzero((alpha > 0) & (alpha < 255)) > 40
 
 
-def test_cutout_keeps_the_photos_colours_where_it_shows_them_and_nothing_of_what_is_cut_away() -> None:
+def test_cutout_keeps_visible_colours_and_erases_hidden_ones() -> None:
     result = made(ellipse((37, 61)))
     cutout = result.cutout()
     assert (cutout.mode, cutout.size) == ("RGBA", (61, 37))
@@ -120,13 +120,13 @@ def test_cutout_keeps_the_photos_colours_where_it_shows_them_and_nothing_of_what
 
 
 @given(maps, open_unit)
-def test_overlay_leaves_all_outside_the_mask_untouched(probability: np.ndarray, threshold: float) -> None:
+def test_overlay_leaves_pixels_outside_the_mask_unchanged(probability: np.ndarray, threshold: float) -> None:
     result = made(probability, threshold)
     overlay = np.array(result.overlay())
     np.testing.assert_array_equal(overlay[~result.mask], result.pixels[~result.mask])
 
 
-def test_overlay_draws_an_outline_in_full_colour_and_tints_the_inside_by_half() -> None:
+def test_overlay_has_an_opaque_outline_and_a_half_tinted_inside() -> None:
     result = made(ellipse((37, 61)))
     overlay, mask = np.array(result.overlay()).astype(int), result.mask
     inside = mask.copy()
@@ -141,13 +141,13 @@ def test_overlay_draws_an_outline_in_full_colour_and_tints_the_inside_by_half() 
     assert np.abs(overlay[inside] - tinted).max() <= 1
 
 
-def test_overlay_takes_another_colour_and_strength() -> None:
+def test_overlay_accepts_colour_and_strength() -> None:
     result = made(np.full((10, 10), 255, np.uint8))
     np.testing.assert_array_equal(np.array(result.overlay((1, 2, 3), 1.0)), np.full((10, 10, 3), (1, 2, 3)))
     np.testing.assert_array_equal(np.array(result.overlay((1, 2, 3), 0.0)), result.pixels)
 
 
-def test_the_outline_grows_with_the_photo() -> None:
+def test_the_outline_width_scales_with_the_photo() -> None:
     result = made(ellipse((1000, 1000)))
     row = (np.array(result.overlay())[500] == GREEN).all(axis=-1)
     assert np.count_nonzero(row[:500]) == 4
@@ -161,7 +161,7 @@ def test_a_pet_that_fills_the_photo_has_no_outline() -> None:
     assert (np.array(result.cutout())[..., 3] == 255).all()
 
 
-def test_a_photo_without_a_pet_stays_as_it_is() -> None:
+def test_a_photo_without_a_pet_is_unchanged() -> None:
     result = made(np.zeros((20, 30), np.uint8))
     assert result.coverage == 0
     np.testing.assert_array_equal(np.array(result.overlay()), result.pixels)
@@ -178,7 +178,7 @@ def test_every_picture_has_the_photos_size(shape: tuple[int, int], fill: int | N
         assert picture.size == shape[::-1]
 
 
-def test_nothing_made_of_a_result_changes_it() -> None:
+def test_derived_pictures_do_not_modify_the_result() -> None:
     result = made(ellipse((37, 61)))
     pixels, probability = result.pixels.copy(), result.probability.copy()
     for picture in (result.overlay(), result.cutout(), result.mask_image(), result.probability_image()):
@@ -189,19 +189,19 @@ def test_nothing_made_of_a_result_changes_it() -> None:
     np.testing.assert_array_equal(result.probability, probability)
 
 
-def test_read_only_arrays_will_do() -> None:
+def test_read_only_arrays_are_accepted() -> None:
     result = made(ellipse((37, 61)))
     result.pixels.flags.writeable = result.probability.flags.writeable = False
     assert result.overlay().size == result.cutout().size == (61, 37)
 
 
-def test_the_mask_is_computed_once() -> None:
+def test_the_mask_is_computed_only_once() -> None:
     result = made(ellipse((37, 61)))
     assert result.mask is result.mask
 
 
 @given(coarse)
-def test_the_box_is_the_smallest_around_the_mask(probability: np.ndarray) -> None:
+def test_the_box_is_the_bounding_box_of_the_mask(probability: np.ndarray) -> None:
     result = made(probability)
     rows, columns = np.nonzero(result.mask)
     if len(rows):
@@ -216,12 +216,12 @@ class TestWithoutThePhoto:
     result = Segmentation(None, ellipse((37, 61)), 0.5, 0.5)
 
     @pytest.mark.parametrize("picture", ["cutout", "overlay", "on_background"])
-    def test_pictures_of_it_say_why_there_are_none(self, picture: str) -> None:
+    def test_pictures_without_the_photo_raise_with_the_reason(self, picture: str) -> None:
         arguments = [(0, 0, 0)] if picture == "on_background" else []
         with pytest.raises(UsageError, match="decoded for its mask only"):
             getattr(self.result, picture)(*arguments)
 
-    def test_all_else_is_there(self) -> None:
+    def test_everything_but_pictures_is_available(self) -> None:
         other = made(ellipse((37, 61)))
         np.testing.assert_array_equal(self.result.mask, other.mask)
         assert (self.result.box, self.result.coverage, self.result.found) == (other.box, other.coverage, True)
@@ -229,7 +229,7 @@ class TestWithoutThePhoto:
 
 
 class TestOnBackground:
-    def test_a_colour_shows_through_as_much_as_the_cutout_is_transparent(self) -> None:
+    def test_a_colour_is_blended_by_the_cutouts_alpha(self) -> None:
         result = every_probability()
         red, green, blue, alpha = np.moveaxis(np.array(result.cutout()).astype(float), -1, 0)
         expected = [c * alpha / 255 + b * (1 - alpha / 255) for c, b in zip((red, green, blue), GREEN, strict=True)]
@@ -237,7 +237,7 @@ class TestOnBackground:
         assert (picture.mode, picture.size) == ("RGB", (16, 16))
         assert np.abs(np.array(picture) - np.dstack(expected)).max() <= 1
 
-    def test_a_picture_is_scaled_to_cover_the_photo_and_cut_on_both_sides_alike(self) -> None:
+    def test_a_picture_is_scaled_to_cover_the_photo_and_cropped_centrally(self) -> None:
         wide = np.zeros((10, 60, 3), np.uint8)
         wide[:, 20:40] = 200  # the middle third; on a photo twice as high, the background shows only this
         result = made(np.zeros((20, 40), np.uint8))
@@ -246,7 +246,7 @@ class TestOnBackground:
         assert (seen[:, 4:-4] == 200).all()
         np.testing.assert_array_equal(seen, seen[:, ::-1])
 
-    def test_a_picture_is_turned_upright_and_its_transparency_laid_over_white(self) -> None:
+    def test_a_picture_is_turned_upright_and_composited_over_white(self) -> None:
         exif = Image.Exif()
         exif[0x0112] = 3  # upside down
         stored = Image.new("RGBA", (8, 8), (10, 20, 30, 255))
@@ -256,11 +256,11 @@ class TestOnBackground:
         assert (seen[:4] == (10, 20, 30)).all()
         assert (seen[4:] == 255).all()
 
-    def test_a_pet_that_fills_the_photo_hides_it(self) -> None:
+    def test_a_pet_that_fills_the_photo_hides_the_background(self) -> None:
         result = made(np.full((5, 7), 255, np.uint8))
         np.testing.assert_array_equal(np.array(result.on_background(result.pixels[::-1])), result.pixels)
 
-    def test_a_picture_that_cannot_be_used_is_named(self, tmp_path: Path) -> None:
+    def test_an_unusable_picture_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UnreadableImage, match=re.escape("beach.jpg")):
             made(ellipse((5, 7))).on_background(tmp_path / "beach.jpg")
 
@@ -294,12 +294,12 @@ def area(ring: np.ndarray) -> float:
 
 class TestPolygons:
     @given(maps | coarse, open_unit)
-    def test_rasterised_they_are_the_mask(self, probability: np.ndarray, threshold: float) -> None:
+    def test_rasterised_polygons_equal_the_mask(self, probability: np.ndarray, threshold: float) -> None:
         result = made(probability, threshold)
         np.testing.assert_array_equal(rasterised(result.polygons(tolerance=0), probability.shape), result.mask)
 
     @given(coarse)
-    def test_they_stay_on_the_photo_and_each_is_a_ring_of_distinct_points(self, probability: np.ndarray) -> None:
+    def test_rings_stay_within_the_photo_with_distinct_points(self, probability: np.ndarray) -> None:
         for polygon in made(probability).polygons(0):
             for ring in (polygon.exterior, *polygon.holes):
                 assert ring.dtype == np.float64
@@ -310,7 +310,7 @@ class TestPolygons:
 
     @settings(max_examples=25)
     @given(st.integers(0, 10**6), st.floats(0.1, 3))
-    def test_thinned_nothing_moves_by_more_than_the_tolerance(self, seed: int, tolerance: float) -> None:
+    def test_simplification_moves_nothing_by_more_than_the_tolerance(self, seed: int, tolerance: float) -> None:
         result = made(blob(seed))
         exact, thinned = result.polygons(0), result.polygons(tolerance)
         assert len(exact) == len(thinned)
@@ -320,33 +320,33 @@ class TestPolygons:
         rows, columns = np.nonzero(rasterised(thinned, result.mask.shape) != result.mask)
         assert (distances(np.stack((columns, rows), 1) + 0.5, thinned) <= tolerance + 1e-9).all()
 
-    def test_thinning_leaves_few_points_of_a_round_outline_and_the_corners_of_a_straight_one(self) -> None:
+    def test_simplification_keeps_few_points_of_curves_and_the_corners_of_lines(self) -> None:
         result = made(ellipse((200, 300)))
         (exact,), (thinned,) = result.polygons(0), result.polygons()
         assert len(thinned.exterior) < len(exact.exterior) / 5
         assert len(made(np.full((200, 300), 255, np.uint8)).polygons()[0].exterior) <= 5
 
-    def test_a_pixel_covers_from_its_number_to_the_next(self) -> None:
+    def test_a_pixel_spans_from_its_index_to_the_next(self) -> None:
         probability = np.zeros((4, 6), np.uint8)
         probability[1:3, 2:5] = 255
         (polygon,) = made(probability, 0.5).polygons(0)
         assert np.allclose(polygon.exterior.min(axis=0), (2, 1), atol=0.01)
         assert np.allclose(polygon.exterior.max(axis=0), (5, 3), atol=0.01)
 
-    def test_outlines_lie_between_pixels_where_the_probability_crosses_the_threshold(self) -> None:
+    def test_outlines_are_interpolated_to_the_threshold_between_pixels(self) -> None:
         ramp = np.tile(np.array([0, 100, 200], np.uint8), (3, 1))
         (polygon,) = made(ramp, 0.5).polygons(0)  # at 127.5 of 255
         assert polygon.exterior[:, 0].min() == pytest.approx(1.5 + 0.275, abs=0.01)
 
     @pytest.mark.parametrize("faint", [128, 255])
-    def test_a_pet_cut_by_the_edge_is_closed_along_it(self, faint: int) -> None:
+    def test_a_pet_cut_by_the_photos_edge_is_closed_along_it(self, faint: int) -> None:
         (polygon,) = made(np.full((4, 6), faint, np.uint8)).polygons(0)
         assert not polygon.holes
         assert abs(area(polygon.exterior)) == pytest.approx(24, abs=1)  # the corners are cut
         for edge in ((0, 0), (0, 6), (1, 0), (1, 4)):
             assert np.count_nonzero(polygon.exterior[:, edge[0]] == edge[1]) >= 2
 
-    def test_holes_belong_to_what_is_around_them_and_turn_the_other_way(self) -> None:
+    def test_holes_belong_to_their_enclosing_polygon_in_reverse_orientation(self) -> None:
         probability = np.zeros((30, 60), np.uint8)
         probability[2:28, 2:28] = 255
         probability[8:22, 8:22] = 0
@@ -364,7 +364,7 @@ class TestPolygons:
         (polygon,) = made(probability).polygons(tolerance=9)
         np.testing.assert_array_equal(rasterised([polygon], (5, 5)), probability > 0)
 
-    def test_nothing_has_no_outline(self) -> None:
+    def test_an_empty_mask_has_no_polygons(self) -> None:
         assert made(np.zeros((5, 5), np.uint8)).polygons() == []
 
 
@@ -390,12 +390,12 @@ def decoded(rle: dict[str, object]) -> np.ndarray:
 
 class TestRunLengths:
     @given(coarse, open_unit)
-    def test_decoded_they_are_the_mask(self, probability: np.ndarray, threshold: float) -> None:
+    def test_decoded_run_lengths_equal_the_mask(self, probability: np.ndarray, threshold: float) -> None:
         result = made(probability, threshold)
         rle = json.loads(json.dumps(result.rle()))
         np.testing.assert_array_equal(decoded(rle), result.mask)
 
-    def test_a_mask_by_hand(self) -> None:
+    def test_a_mask_encoded_by_hand(self) -> None:
         probability = np.array([[0, 255], [255, 255], [0, 0]], np.uint8)
         # Down the columns 0 1 0 1 1 0: runs of 1, 1, 1, 2, 1. The fourth less the second is 1, the fifth less the
         # third 0.
@@ -403,7 +403,7 @@ class TestRunLengths:
 
     @settings(max_examples=50)
     @given(st.integers(0, 10**6), open_unit)
-    def test_they_are_those_of_pycocotools(self, seed: int, threshold: float) -> None:
+    def test_run_lengths_match_pycocotools(self, seed: int, threshold: float) -> None:
         coco = pytest.importorskip("pycocotools.mask")
         result = made(blob(seed, (300, 200)), threshold)
         theirs = coco.encode(np.asfortranarray(result.mask.astype(np.uint8)))
@@ -416,7 +416,7 @@ class TestRunLengths:
 
 
 class TestCoco:
-    def test_without_holes_it_has_polygons(self) -> None:
+    def test_without_holes_coco_has_polygons(self) -> None:
         result = made(ellipse((40, 60)))
         fields = json.loads(json.dumps(result.coco()))
         (polygon,) = result.polygons()
@@ -424,27 +424,27 @@ class TestCoco:
         assert fields["bbox"] == list(result.box)
         assert (fields["area"], fields["iscrowd"]) == (np.count_nonzero(result.mask), 0)
 
-    def test_coordinates_are_to_a_hundredth_of_a_pixel(self) -> None:
+    def test_coordinates_are_rounded_to_hundredths_of_a_pixel(self) -> None:
         (ring,) = made(blob(3, (400, 500))).coco()["segmentation"]
         assert all(len(str(number).partition(".")[2]) <= 2 for number in ring)
 
-    def test_a_hole_makes_it_run_lengths(self) -> None:
+    def test_with_a_hole_coco_has_run_lengths(self) -> None:
         probability = ellipse((40, 60))
         probability[18:22, 28:32] = 0
         result = made(probability)
         assert result.coco()["segmentation"] == result.rle()
 
-    def test_no_pet_is_run_lengths_of_nothing(self) -> None:
+    def test_without_a_pet_coco_has_empty_run_lengths(self) -> None:
         result = made(np.zeros((4, 5), np.uint8))
         assert result.coco() == {"segmentation": result.rle(), "bbox": [0, 0, 0, 0], "area": 0, "iscrowd": 0}
 
-    def test_exact_is_the_mask_itself_and_looks_for_no_outlines(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_exact_encodes_the_mask_without_tracing_outlines(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result = made(blob(0, (90, 120)))
         expected = {**result.coco(), "segmentation": result.rle()}
-        monkeypatch.setattr(Segmentation, "polygons", lambda *_: pytest.fail("they take most of the memory"))
+        monkeypatch.setattr(Segmentation, "polygons", lambda *_: pytest.fail("polygons take most of the memory"))
         assert result.coco(exact=True) == expected
 
-    def test_pycocotools_reads_both(self) -> None:
+    def test_pycocotools_reads_polygons_and_run_lengths(self) -> None:
         coco = pytest.importorskip("pycocotools.mask")
         for seed in range(8):
             result = made(blob(seed, (90, 120)))
@@ -477,7 +477,7 @@ def without_small_slowly(result: Segmentation, min_area: float) -> np.ndarray:
 
 class TestWithoutSmall:
     @given(coarse, st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.sampled_from([0.2, 0.45, 0.8]), st.floats(0, 0.9))
-    def test_it_drops_what_a_flood_fill_drops(
+    def test_small_regions_match_a_flood_fill(
         self, probability: np.ndarray, threshold: float, cutout_threshold: float, min_area: float
     ) -> None:
         result = made(probability, threshold, cutout_threshold)
@@ -485,7 +485,7 @@ class TestWithoutSmall:
         np.testing.assert_array_equal(cleaned.probability, without_small_slowly(result, min_area))
         assert cleaned.pixels is result.pixels
 
-    def test_a_region_goes_with_its_soft_edge_and_from_everything_that_is_made_of_it(self) -> None:
+    def test_a_region_is_removed_with_its_soft_edge_from_every_output(self) -> None:
         probability = np.zeros((40, 60), np.uint8)
         probability[5:30, 5:30] = 255
         probability[8:14, 45:55] = 90  # soft edge, and no mask
@@ -498,14 +498,14 @@ class TestWithoutSmall:
         np.testing.assert_array_equal(decoded(cleaned.rle()), cleaned.mask)
         assert cleaned.probability[:, :31].tolist() == probability[:, :31].tolist()
 
-    def test_the_area_asked_for_is_enough_and_a_pixel_less_is_not(self) -> None:
+    def test_the_minimum_area_is_inclusive(self) -> None:
         probability = np.zeros((10, 10), np.uint8)
         probability[0, :5] = 255
         probability[5, :4] = 255
         kept = made(probability).without_small(0.05)
         np.testing.assert_array_equal(np.flatnonzero(kept.mask), np.arange(5))
 
-    def test_corners_do_not_connect_and_long_ways_do(self) -> None:
+    def test_regions_are_4_connected_even_over_long_paths(self) -> None:
         board = np.indices((300, 301)).sum(axis=0) % 2 == 0
         assert not made(np.where(board, 255, 0).astype(np.uint8)).without_small(1.5 / board.size).mask.any()
         comb = np.zeros((300, 301), np.uint8)
@@ -513,13 +513,13 @@ class TestWithoutSmall:
         comb[-1] = 255
         assert made(comb).without_small(0.5).mask.sum() == 300 * 151 + 150
 
-    def test_nothing_to_drop_gives_the_result_itself(self) -> None:
+    def test_nothing_to_remove_returns_the_same_result(self) -> None:
         result = made(ellipse((37, 61)))
         assert result.without_small(0.0) is result
         assert result.without_small(0.01) is result
 
     @pytest.mark.parametrize("min_area", [-0.1, 1.0, float("nan")])
-    def test_only_a_share_of_the_photo_will_do(self, min_area: float) -> None:
+    def test_an_area_that_is_not_a_share_is_rejected(self, min_area: float) -> None:
         with pytest.raises(UsageError, match=f"min_area is {min_area}"):
             made(ellipse((5, 5))).without_small(min_area)
 
@@ -533,37 +533,37 @@ class TestFound:
         return dataclasses.replace(made(probability.reshape(20, 20)), certain_share=share)
 
     @pytest.mark.parametrize(("certain", "pet"), [(100, True), (25, True), (24, False), (0, False)])
-    def test_a_quarter_of_what_is_likely_must_be_certain(self, certain: int, pet: bool) -> None:
+    def test_a_quarter_of_the_likely_pixels_must_be_certain(self, certain: int, pet: bool) -> None:
         assert self.with_certain(certain).found is pet
 
     @pytest.mark.parametrize(("share", "pet"), [(0.1, True), (0.11, False), (1.0, False)])
-    def test_the_share_is_the_models_own(self, share: float, pet: bool) -> None:
+    def test_the_required_share_comes_from_the_model(self, share: float, pet: bool) -> None:
         assert self.with_certain(10, share=share).found is pet
 
     @pytest.mark.parametrize("certain", [0, 1, 100])
-    def test_without_a_rule_whatever_is_in_the_mask_is_a_pet(self, certain: int) -> None:
+    def test_without_a_rule_any_mask_pixel_is_a_pet(self, certain: int) -> None:
         result = self.with_certain(certain, share=None)
         assert result.found is True
         assert dataclasses.replace(result, threshold=0.995).found is False
 
-    def test_its_size_does_not_matter(self) -> None:
+    def test_the_pets_size_does_not_matter(self) -> None:
         assert self.with_certain(certain=1, likely=3).found
 
-    def test_no_pet_here(self) -> None:
+    def test_no_pet_is_found_in_an_empty_map(self) -> None:
         assert not made(np.zeros((20, 20), np.uint8)).found
 
-    def test_where_the_mask_is_empty_there_is_none(self) -> None:
+    def test_an_empty_mask_is_never_a_pet(self) -> None:
         result = self.with_certain(100)
         assert not dataclasses.replace(result, threshold=0.995).found
 
-    def test_a_pet_that_is_dropped_for_its_size_is_not_found(self) -> None:
+    def test_a_pet_removed_for_its_size_is_not_found(self) -> None:
         for share in (0.25, None):
             result = dataclasses.replace(made(ellipse((40, 60))), certain_share=share)
             assert result.found
             assert not result.without_small(0.9).found
 
 
-def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
+def test_a_result_cannot_be_modified_through_its_arrays() -> None:
     """A mask that was computed before would not change with it."""
     own = np.full((4, 4), 200, np.uint8)
     result = made(own)
@@ -577,7 +577,7 @@ def test_a_result_is_not_changed_through_what_it_gives_away() -> None:
 
 
 @pytest.mark.parametrize("passed_on", [lambda result: pickle.loads(pickle.dumps(result)), copy.deepcopy])
-def test_a_result_from_another_process_is_not_changed_either(passed_on: Callable[[Segmentation], Segmentation]) -> None:
+def test_an_unpickled_result_cannot_be_modified(passed_on: Callable[[Segmentation], Segmentation]) -> None:
     result = every_probability()
     assert result.mask.any()
     passed = passed_on(result)
@@ -599,11 +599,11 @@ def test_a_result_from_another_process_is_not_changed_either(passed_on: Callable
         (lambda result: result.polygons(float("nan")), "tolerance is nan"),
     ],
 )
-def test_a_value_that_is_out_of_range_is_wrong_usage(call: Callable[[Segmentation], Any], said: str) -> None:
+def test_a_value_out_of_range_is_a_usage_error(call: Callable[[Segmentation], Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         call(every_probability())
 
 
-def test_a_list_is_a_colour_too() -> None:
+def test_a_list_is_accepted_as_a_colour() -> None:
     result = every_probability()
     assert result.overlay(color=[1, 2, 3]).tobytes() == result.overlay(color=(1, 2, 3)).tobytes()  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ ON_ITS_SIDE, HALVED, TRANSPARENT = (
 )
 
 
-def test_the_record_is_what_the_code_makes_here() -> None:
+def test_the_record_matches_the_code_here() -> None:
     """Bit-identical with the libraries that the record was made with, within the limits with others."""
     kept, made = load_road(), record_road(answer())
     assert kept.photos == made.photos
@@ -44,7 +44,7 @@ def test_the_record_is_what_the_code_makes_here() -> None:
                 np.testing.assert_array_equal(getattr(passage, part), getattr(made.passages[name], part), err_msg=name)
 
 
-def test_the_same_record_is_the_same_bytes_and_small(tmp_path: Path) -> None:
+def test_a_record_is_deterministic_and_small(tmp_path: Path) -> None:
     data = record_road(answer()).to_bytes()
     assert data == record_road(answer()).to_bytes()
     (tmp_path / "road.npz").write_bytes(data)
@@ -66,7 +66,7 @@ def test_with_the_recorded_libraries_nothing_differs() -> None:
     assert told["limits"] == dataclasses.asdict(LIMITS)
 
 
-def test_a_segmenter_takes_the_same_road() -> None:
+def test_a_segmenter_uses_the_tested_code() -> None:
     """The code under test is the code that processes photos, not a copy."""
     proof = load_road()
     with Segmenter(threads=1, threshold=0.5) as segmenter:
@@ -92,7 +92,7 @@ def decoding(change: Callable[[Photo], Photo]) -> Callable[[Any], Any]:
     return changed
 
 
-def test_the_photos_beside_the_samples_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_photos_have_the_described_properties(monkeypatch: pytest.MonkeyPatch) -> None:
     notes, sizes = [], []
 
     def spy(photo: Photo) -> Photo:
@@ -178,7 +178,7 @@ RESIZED, BROUGHT_BACK = "read and resized: ", "output resized back: "
         ("from_model", mirrored, NAMES, BROUGHT_BACK + "mask IoU"),
     ],
 )
-def test_a_defect_is_found_in_each_photo_that_shows_it(
+def test_a_defect_is_found_in_each_affected_photo(
     where: str, defect: Callable[[Any], Any], photos: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, where, defect(getattr(images, where)))
@@ -192,7 +192,7 @@ def test_a_defect_is_found_in_each_photo_that_shows_it(
     assert remedy.startswith("check Pillow and its JPEG library (`python -m PIL` lists them): here Pillow ")
 
 
-def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rounding_difference_of_one_level_is_not_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     to_model, from_model = images.to_model, images.from_model
     monkeypatch.setattr(images, "to_model", lambda *args: np.clip(to_model(*args), 0, 254) + np.uint8(1))
     monkeypatch.setattr(images, "from_model", lambda *args: np.clip(from_model(*args), 0, 254) + np.uint8(1))
@@ -202,7 +202,7 @@ def test_what_rounds_otherwise_by_one_level_is_no_defect(monkeypatch: pytest.Mon
     assert 0.995 < min(row.mask_iou for row in receipt.rows) < 1
 
 
-def test_a_photo_that_cannot_be_read_here_is_a_failure_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_photo_is_a_failure_naming_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a Pillow built without a JPEG library."""
 
     def open_photo(source: bytes, **options: Any) -> Any:
@@ -226,7 +226,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "road.npz"
 
 
-def test_a_sample_photo_that_is_another_one_is_named(copied: Path) -> None:
+def test_a_replaced_sample_photo_is_named(copied: Path) -> None:
     path = copied.with_name("samples") / NAMES[1]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_a_damaged_record_is_named(copied: Path) -> None:
         load_road(copied)
 
 
-def test_a_record_of_another_version_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_another_version_is_rejected(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proof = load_road()
     passages = dict(list(proof.passages.items())[1:])
     with pytest.raises(ModelError, match="of another version of petseg"):
@@ -259,7 +259,7 @@ def test_a_record_of_another_version_is_refused(copied: Path, monkeypatch: pytes
         load_road(copied)
 
 
-def test_the_road_imports_neither_ffmpeg_nor_an_engine() -> None:
+def test_checking_the_road_imports_neither_ffmpeg_nor_an_engine() -> None:
     program = (
         "import sys; from petseg_runtime.road import verify_road; assert verify_road().passed; print(*sys.modules)"
     )
@@ -272,7 +272,7 @@ def test_the_road_imports_neither_ffmpeg_nor_an_engine() -> None:
 # ------------------------------------------------------------------------------------------------------ petseg verify
 
 
-def test_verify_fails_where_the_network_is_right_and_the_road_is_not(
+def test_verify_fails_if_only_the_road_is_wrong(
     proven: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(images, "open_photo", decoding(swapped)(images.open_photo))

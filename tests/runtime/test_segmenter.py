@@ -76,7 +76,7 @@ def encoded(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_a_number_is_a_camera_as_its_text_is(
+def test_a_number_selects_the_same_camera_as_its_text(
     segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
@@ -102,7 +102,7 @@ def test_a_number_is_a_camera_as_its_text_is(
 @pytest.mark.parametrize(
     "wrong", [{"policy": "newest"}, {"stride": 1.5}, {"max_frames": 2.5}, {"smooth": 1.0}, {"stall": 0}], ids=str
 )
-def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
+def test_an_invalid_stream_request_opens_nothing(
     segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
     opened: list[Any] = []
@@ -112,7 +112,7 @@ def test_a_stream_that_is_asked_for_wrongly_opens_nothing(
     assert opened == []
 
 
-def test_results_have_the_photos_profile(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_results_carry_the_photos_icc_profile(segmenter: Segmenter, tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (70, 45), "red").save(tmp_path / "photo.jpg", icc_profile=profile)
     mapped = next(segmenter.map([tmp_path / "photo.jpg"]))
@@ -138,7 +138,7 @@ def half_red(height: int, width: int) -> np.ndarray:
     return photo
 
 
-def test_all_forms_of_a_photo_give_the_same(segmenter: Segmenter, pixels: np.ndarray, tmp_path: Path) -> None:
+def test_all_forms_of_a_photo_give_the_same_result(segmenter: Segmenter, pixels: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.fromarray(pixels).save(path)
     forms: list[Any] = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), pixels]
@@ -153,7 +153,7 @@ def test_all_forms_of_a_photo_give_the_same(segmenter: Segmenter, pixels: np.nda
 @pytest.mark.parametrize(
     "wrong", [None, 3, ("cat.jpg",), {"cat.jpg"}, io.StringIO("text")], ids=lambda wrong: type(wrong).__name__
 )
-def test_what_is_no_photo_is_told_by_its_type(segmenter: Segmenter, wrong: Any) -> None:
+def test_a_value_that_is_not_a_photo_is_an_error_naming_its_type(segmenter: Segmenter, wrong: Any) -> None:
     for take in (segmenter.prepare, lambda source: next(segmenter.map([source]))):
         try:
             error = take(wrong)
@@ -173,18 +173,18 @@ def test_mask_and_probability_have_the_photos_size(segmenter: Segmenter, shape: 
     assert (result.probability == 200).all()
 
 
-def test_a_photo_of_the_models_size_is_not_resampled(segmenter: Segmenter) -> None:
+def test_a_photo_at_the_models_size_is_not_resampled(segmenter: Segmenter) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
     np.testing.assert_array_equal(segmenter(photo).probability, photo[..., 0])
 
 
-def test_the_mask_lies_where_the_pet_is(segmenter: Segmenter) -> None:
+def test_the_mask_is_where_the_pet_is(segmenter: Segmenter) -> None:
     mask = segmenter(half_red(60, 90)).mask
     assert mask[:, :42].all()
     assert not mask[:, 48:].any()
 
 
-def test_the_models_own_thresholds_are_used(red: Path, segmenter: Segmenter) -> None:
+def test_the_models_thresholds_are_used(red: Path, segmenter: Segmenter) -> None:
     assert (segmenter.threshold, segmenter.cutout_threshold) == (0.7, 0.2)
     result = segmenter(np.full((5, 5, 3), 150, np.uint8))  # probability 0.59
     assert (result.threshold, result.cutout_threshold) == (0.7, 0.2)
@@ -203,7 +203,7 @@ def test_each_threshold_may_be_overridden_alone(red: Path) -> None:
 
 @pytest.mark.parametrize("name", ["threshold", "cutout_threshold"])
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1.5, -0.1, float("nan"), float("inf")])
-def test_a_threshold_outside_its_bounds_is_refused(red: Path, name: str, value: float) -> None:
+def test_a_threshold_out_of_range_is_rejected(red: Path, name: str, value: float) -> None:
     keywords: dict[str, Any] = {name: value}
     with pytest.raises(UsageError, match=rf"^{name} is {value}"):
         Segmenter(red, **keywords)
@@ -213,7 +213,7 @@ def test_a_threshold_outside_its_bounds_is_refused(red: Path, name: str, value: 
     ("orientation", "turned"),
     [(1, np.asarray), (3, lambda a: np.rot90(a, 2)), (6, lambda a: np.rot90(a, -1)), (8, np.rot90)],
 )
-def test_a_photo_turned_by_exif_gives_the_upright_mask(segmenter: Segmenter, orientation: int, turned: Any) -> None:
+def test_a_photo_rotated_by_exif_gives_the_upright_mask(segmenter: Segmenter, orientation: int, turned: Any) -> None:
     stored, buffer = half_red(40, 80), io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -232,7 +232,7 @@ def test_a_grey_array_is_read_as_grey(segmenter: Segmenter) -> None:
     assert (result.probability == 180).all()
 
 
-def test_a_transparent_array_is_laid_over_white_and_that_is_noted(segmenter: Segmenter) -> None:
+def test_a_transparent_array_is_composited_over_white_with_a_note(segmenter: Segmenter) -> None:
     rgba = np.zeros((20, 30, 4), np.uint8)
     rgba[:10, :, 3] = 255
     result = segmenter(rgba)
@@ -244,14 +244,14 @@ def test_a_transparent_array_is_laid_over_white_and_that_is_noted(segmenter: Seg
     assert not result.mask[:5].any()
 
 
-def test_a_photo_that_cannot_be_read_leaves_the_segmenter_usable(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_an_unreadable_photo_leaves_the_segmenter_usable(segmenter: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match=r"missing\.jpg"):
         segmenter(tmp_path / "missing.jpg")
     assert segmenter(half_red(20, 20)).coverage > 0.3
 
 
 @pytest.mark.parametrize("streams", [1, 2, 8])
-def test_eight_threads_may_share_it_and_get_what_one_gets(red: Path, streams: int) -> None:
+def test_eight_threads_can_share_a_segmenter_with_the_same_results(red: Path, streams: int) -> None:
     photos = [noise(seed, 10 + seed, 40 - seed) for seed in range(24)]
     with Segmenter(red, threads=8, streams=streams) as segmenter, ThreadPoolExecutor(8) as pool:
         alone = [segmenter(photo) for photo in photos]
@@ -264,7 +264,7 @@ def test_eight_threads_may_share_it_and_get_what_one_gets(red: Path, streams: in
         np.testing.assert_array_equal(result.probability, before)
 
 
-def test_eight_threads_share_the_model_that_ships(embedded: Segmenter) -> None:
+def test_eight_threads_can_share_the_bundled_model(embedded: Segmenter) -> None:
     photos = sample_photos()[:4] * 2
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(embedded, photos))
@@ -296,12 +296,12 @@ def test_no_photos_give_no_results(segmenter: Segmenter) -> None:
     assert list(segmenter.map([])) == []
 
 
-def test_a_list_with_a_bad_photo_raises_what_is_wrong_with_it(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_a_list_with_a_bad_photo_raises_its_error(segmenter: Segmenter, tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match=r"missing\.jpg: no such file"):
         segmenter([half_red(8, 8), tmp_path / "missing.jpg", half_red(8, 8)])
 
 
-def test_a_list_raises_the_first_error_without_doing_all_that_is_behind_it(red: Path, tmp_path: Path) -> None:
+def test_a_list_raises_the_first_error_without_processing_the_rest(red: Path, tmp_path: Path) -> None:
     done: list[int] = []
 
     class Counting(Segmenter):
@@ -316,7 +316,7 @@ def test_a_list_raises_the_first_error_without_doing_all_that_is_behind_it(red: 
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
 
 
-def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_a_map_continues_after_a_bad_photo_in_order(segmenter: Segmenter, tmp_path: Path) -> None:
     photos: list[Any] = [noise(seed, 20, 30) for seed in range(20)]
     photos[3], photos[11] = tmp_path / "missing.jpg", b"no photo"
     results = list(segmenter.map(iter(photos)))
@@ -341,25 +341,25 @@ def test_a_map_goes_on_after_a_bad_photo_and_keeps_the_order(segmenter: Segmente
         ({"size": "16x32"}, "size is '16x32'"),
     ],
 )
-def test_what_is_out_of_range_is_wrong_usage(red: Path, asked: dict[str, Any], said: str) -> None:
+def test_an_option_out_of_range_is_a_usage_error(red: Path, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Segmenter(red, **asked)
 
 
 @pytest.mark.parametrize("asked", [{"start": -1.0}, {"stall": 0.0}, {"stall": float("nan")}, {"patience": -3.0}])
-def test_a_time_that_is_none_is_wrong_usage(segmenter: Segmenter, asked: dict[str, float]) -> None:
+def test_an_invalid_time_is_a_usage_error(segmenter: Segmenter, asked: dict[str, float]) -> None:
     ((name, value),) = asked.items()
     with pytest.raises(UsageError, match=f"{name} is {value}; it must be a number of seconds"):
         segmenter.stream("clip.mp4", **asked)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("batch", [np.zeros((1, H, W, 3), np.float32), np.zeros((1, H, W + 16, 3), np.uint8)])
-def test_a_batch_that_is_none_of_this_models_is_wrong_usage(segmenter: Segmenter, batch: np.ndarray) -> None:
+def test_a_batch_of_another_shape_is_a_usage_error(segmenter: Segmenter, batch: np.ndarray) -> None:
     with pytest.raises(UsageError, match=rf"{H}(, | x ){W}"):
         segmenter.infer(batch)
 
 
-def test_an_engine_that_is_passed_over_is_no_secret(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_engine_raises_a_warning(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a user's program would run on another device than intended without notice."""
     monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
     monkeypatch.setattr(registry, "RULE", [line for line in registry.RULE if line.engine == "onnxruntime"])
@@ -391,18 +391,20 @@ class Broken:
     ["cat.jpg", Path("cat.jpg"), b"bytes", bytearray(2), memoryview(b""), io.BytesIO(), Image.new("L", (1, 1))],
     ids=lambda one: type(one).__name__,
 )
-def test_a_map_of_one_photo_is_refused_at_once(segmenter: Segmenter, one: Any, pixels: np.ndarray) -> None:
+def test_a_single_photo_passed_to_map_is_rejected_immediately(
+    segmenter: Segmenter, one: Any, pixels: np.ndarray
+) -> None:
     for source in (one, pixels):
         with pytest.raises(UsageError, match=rf"not a single one \({type(source).__name__}\); call the"):
             segmenter.map(source)
 
 
-def test_a_map_of_an_array_of_photos_takes_each(segmenter: Segmenter, pixels: np.ndarray) -> None:
+def test_a_map_over_an_array_of_photos_yields_each(segmenter: Segmenter, pixels: np.ndarray) -> None:
     assert len(list(segmenter.map(np.stack([pixels, pixels])))) == 2
 
 
 @pytest.mark.parametrize("kind", [np.ndarray, bytearray, memoryview, io.BytesIO])
-def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
+def test_a_map_copies_a_buffer_that_is_refilled(
     segmenter: Segmenter, pixels: np.ndarray, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loop over a camera refills its buffer while photos wait for a reader thread."""
@@ -435,7 +437,7 @@ def test_a_map_keeps_what_a_buffer_held_that_is_filled_anew(
         np.testing.assert_array_equal(result.pixels, photo)
 
 
-def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_next_frame(
+def test_a_map_copies_a_pillow_image_that_is_modified_later(
     segmenter: Segmenter,
 ) -> None:
     reds = range(0, 240, 20)
@@ -457,7 +459,7 @@ def test_a_map_keeps_what_a_pillow_image_held_that_is_drawn_on_or_turned_to_its_
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
-def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(red: Path, form: str) -> None:
+def test_an_unloaded_pillow_image_can_be_mapped_several_times(red: Path, form: str) -> None:
     """The threads that read it share the position in its file."""
     file = io.BytesIO()
     Image.effect_noise((600, 600), 60).convert("L" if form == "GIF" else "RGB").save(file, form)
@@ -470,7 +472,7 @@ def test_a_pillow_image_may_be_given_to_a_map_several_times_before_it_is_loaded(
                 np.testing.assert_array_equal(result.probability, expected)
 
 
-def test_files_may_be_closed_or_given_again_before_a_map_has_segmented_them(
+def test_files_can_be_closed_or_reused_before_a_map_has_segmented_them(
     red: Path, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     """A generator closes a file when the next one is requested; threads that read one file share its position."""
@@ -495,7 +497,7 @@ def test_files_may_be_closed_or_given_again_before_a_map_has_segmented_them(
                 np.testing.assert_array_equal(result.pixels, photos[0])
 
 
-def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmenter, pixels: np.ndarray) -> None:
+def test_a_map_continues_after_unreadable_pillow_images(segmenter: Segmenter, pixels: np.ndarray) -> None:
     film = io.BytesIO()
     first, second = (Image.effect_noise((W, H), sigma).convert("RGB") for sigma in (50, 60))
     first.save(film, "GIF", save_all=True, append_images=[second])
@@ -507,7 +509,7 @@ def test_a_map_goes_on_after_pillow_images_that_cannot_be_read(segmenter: Segmen
 
 
 @pytest.mark.parametrize("streams", [1, 4])
-def test_a_map_takes_from_a_generator_as_results_are_taken_from_it(red: Path, streams: int) -> None:
+def test_a_map_consumes_a_generator_lazily(red: Path, streams: int) -> None:
     taken = []
 
     def photos() -> Iterator[np.ndarray]:
@@ -539,7 +541,7 @@ def test_an_error_of_the_engine_ends_a_map(red: Path) -> None:
 # ------------------------------------------------------------------------------------------- step by step
 
 
-def test_its_steps_one_by_one_are_a_call(segmenter: Segmenter, pixels: np.ndarray) -> None:
+def test_the_separate_steps_match_a_call(segmenter: Segmenter, pixels: np.ndarray) -> None:
     prepared = segmenter.prepare(pixels)
     assert (prepared.image.shape, prepared.image.dtype) == ((H, W, 3), np.uint8)
     assert (prepared.height, prepared.width, prepared.notes) == (45, 70, ())
@@ -559,7 +561,7 @@ def test_its_steps_one_by_one_are_a_call(segmenter: Segmenter, pixels: np.ndarra
         (np.zeros((W, H), np.uint8), rf"^probability is uint8 \[{W}, {H}\]"),
     ],
 )
-def test_what_is_no_output_of_the_network_is_wrong_usage(
+def test_an_invalid_network_output_is_a_usage_error(
     segmenter: Segmenter, pixels: np.ndarray, output: np.ndarray, said: str
 ) -> None:
     """Most of these would otherwise be resized to a wrong mask, without an error."""
@@ -567,7 +569,7 @@ def test_what_is_no_output_of_the_network_is_wrong_usage(
         segmenter.finish(segmenter.prepare(pixels), output)
 
 
-def test_an_encoded_photo_is_resized_before_it_becomes_an_array(
+def test_an_encoded_photo_is_resized_before_conversion_to_an_array(
     segmenter: Segmenter, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copying an array of 12 megapixels back into an image takes half as long as resizing it."""
@@ -584,7 +586,7 @@ def agreement(one: np.ndarray, two: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("larger", [1, 4])
-def test_a_photo_read_for_its_mask_only_has_the_same_mask_and_decoded_smaller_nearly(
+def test_reading_for_the_mask_only_keeps_it_and_reduced_decoding_nearly(
     embedded: Segmenter, tmp_path: Path, larger: int
 ) -> None:
     shares = []
@@ -621,7 +623,7 @@ def spotted() -> np.ndarray:
     return photo
 
 
-def test_regions_smaller_than_asked_for_are_dropped(free: Path) -> None:
+def test_regions_below_the_minimum_area_are_removed(free: Path) -> None:
     for min_area, kept in ((0.0, True), (4 / 2048, True), (5 / 2048, False), (0.9, False)):
         with Segmenter(free, threads=1, size=(32, 64), min_area=min_area) as segmenter:
             (mapped,) = segmenter([spotted()])
@@ -633,7 +635,7 @@ def test_regions_smaller_than_asked_for_are_dropped(free: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan")])
-def test_an_area_outside_its_bounds_is_refused(red: Path, value: float) -> None:
+def test_an_area_out_of_range_is_rejected(red: Path, value: float) -> None:
     with pytest.raises(UsageError, match=rf"^min_area is {value}"):
         Segmenter(red, min_area=value)
 
@@ -641,13 +643,13 @@ def test_an_area_outside_its_bounds_is_refused(red: Path, value: float) -> None:
 # --------------------------------------------------------------------------------------- engine and device
 
 
-def test_the_engine_and_the_device_are_those_asked_for(red: Path) -> None:
+def test_the_requested_engine_and_device_are_used(red: Path) -> None:
     with Segmenter(red, backend="onnxruntime", device="cpu", threads=3, streams=2) as segmenter:
         info = segmenter.describe()
     assert (info.name, info.device, info.threads, info.streams) == ("onnxruntime", "cpu", 3, 2)
 
 
-def test_a_device_that_is_not_there_is_never_another_one(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_never_replaced_by_another(red: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
     for device in ("cuda", "cuda:1"):
         with pytest.raises(EngineError):
@@ -656,7 +658,7 @@ def test_a_device_that_is_not_there_is_never_another_one(red: Path, monkeypatch:
         Segmenter(red, device="tpu")
 
 
-def test_it_closes_with_its_context(red: Path) -> None:
+def test_a_segmenter_closes_with_its_context(red: Path) -> None:
     with Segmenter(str(red), threads=1) as segmenter:
         assert segmenter.describe().threads == 1
     segmenter.close()
@@ -669,13 +671,13 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
         Segmenter(tmp_path / "nowhere.onnx")
 
 
-def test_an_unknown_backend_is_refused(red: Path) -> None:
+def test_an_unknown_backend_is_rejected(red: Path) -> None:
     with pytest.raises(EngineError, match="abacus"):
         Segmenter(red, backend="abacus")
 
 
 @pytest.mark.parametrize("name", CONFIDENT)
-def test_the_model_that_ships_finds_a_pet_that_is_not_the_whole_photo(embedded: Segmenter, name: str) -> None:
+def test_the_bundled_model_finds_a_pet_but_not_the_whole_photo(embedded: Segmenter, name: str) -> None:
     (photo,) = (path for path in sample_photos() if path.name == name)
     result = embedded(photo)
     with Image.open(photo) as image:
@@ -695,7 +697,7 @@ def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize("size", [(48, 80), (16, 16), (160, 16)])
-def test_a_model_of_free_size_is_given_photos_of_the_size_asked_for(
+def test_a_dynamic_size_model_gets_photos_at_the_requested_size(
     free: Path, pixels: np.ndarray, size: tuple[int, int]
 ) -> None:
     with Segmenter(free, threads=1, size=size, keep_doubtful=True) as segmenter:
@@ -706,19 +708,19 @@ def test_a_model_of_free_size_is_given_photos_of_the_size_asked_for(
     np.testing.assert_array_equal(result.probability, expected)
 
 
-def test_without_a_size_a_model_of_free_size_uses_the_one_it_was_proven_at(free: Path, pixels: np.ndarray) -> None:
+def test_a_dynamic_size_model_defaults_to_its_specs_size(free: Path, pixels: np.ndarray) -> None:
     with Segmenter(free, threads=1) as own, Segmenter(free, threads=1, size=(H, W)) as same:
         np.testing.assert_array_equal(own(pixels).probability, same(pixels).probability)
         assert own.artifact.spec == same.artifact.spec
 
 
 @pytest.mark.parametrize("size", [(0, 0), (17, 32), (16, -32), (24, 32)])
-def test_a_size_that_the_network_cannot_take_is_refused(free: Path, size: tuple[int, int]) -> None:
+def test_a_size_the_network_does_not_accept_is_rejected(free: Path, size: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match="multiple of 16"):
         Segmenter(free, size=size)
 
 
-def test_a_model_of_one_size_takes_no_other(red: Path) -> None:
+def test_a_fixed_size_model_rejects_other_sizes(red: Path) -> None:
     with Segmenter(red, threads=1, size=(H, W)) as segmenter:
         assert segmenter(half_red(20, 20)).mask.shape == (20, 20)
     for size in ((W, H), (0, 0), (32, 32)):
@@ -726,17 +728,17 @@ def test_a_model_of_one_size_takes_no_other(red: Path) -> None:
             Segmenter(red, size=size)
 
 
-def test_the_size_is_looked_at_before_an_engine_is(red: Path) -> None:
+def test_the_size_is_checked_before_the_engine(red: Path) -> None:
     with pytest.raises(UsageError, match="only"):
         Segmenter(red, size=(64, 64), backend="abacus")
 
 
-def test_a_model_for_batches_of_three_takes_single_photos(toy: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_fixed_batch_model_accepts_single_photos(toy: Callable[..., Any], tmp_path: Path) -> None:
     with Segmenter(toy(tmp_path / "three.onnx", batch=3).path, threads=1) as segmenter:
         assert (segmenter(np.full((20, 30, 3), 77, np.uint8)).probability == 77).all()
 
 
-def test_a_compiled_model_is_a_model_too(
+def test_a_compiled_model_can_be_loaded(
     toy: Callable[..., Any], ir: Callable[..., Any], tmp_path: Path, pixels: np.ndarray
 ) -> None:
     onnx_file = toy(tmp_path / "toy.onnx")
@@ -751,7 +753,7 @@ def test_a_compiled_model_is_a_model_too(
 # ------------------------------------------------------------------------------------------------------ verify
 
 
-def test_what_is_loaded_can_be_proven_here(proven: Artifact, prove: Callable[..., Proof], tmp_path: Path) -> None:
+def test_a_loaded_model_can_be_verified(proven: Artifact, prove: Callable[..., Proof], tmp_path: Path) -> None:
     with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
         done = segmenter.verify()
         assert done.passed
@@ -767,7 +769,7 @@ def test_what_is_loaded_can_be_proven_here(proven: Artifact, prove: Callable[...
         assert all(failure.startswith("f32 in onnxruntime ") for failure in done.failures)
 
 
-def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_road_is_found_by_a_segmenters_verify(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_transposition", lambda image: None)
     with Segmenter(proven.path, backend="onnxruntime", threads=1) as segmenter:
         done = segmenter.verify()
@@ -776,24 +778,24 @@ def test_a_broken_road_is_found_through_a_segmenter(proven: Artifact, monkeypatc
     assert "chelsea.jpg on its side by EXIF: is 300 x 451 here, 451 x 300 in the record" in "\n".join(done.failures)
 
 
-def test_at_another_size_there_is_no_proof(free: Path) -> None:
+def test_a_model_cannot_be_verified_at_another_size(free: Path) -> None:
     with Segmenter(free, threads=1, size=(32, 48)) as segmenter, pytest.raises(UsageError, match="without a size"):
         segmenter.verify()
 
 
-def test_a_size_is_one_whatever_sequence_says_it(proven: Artifact) -> None:
+def test_a_size_may_be_any_sequence(proven: Artifact) -> None:
     with Segmenter(proven.path, backend="onnxruntime", threads=1, size=[H, W]) as segmenter:  # type: ignore[arg-type]
         assert segmenter.size == (H, W)
         assert segmenter.verify().passed
 
 
-def test_a_model_without_its_proof_cannot_be_proven(red: Path) -> None:
+def test_a_model_without_parity_record_cannot_be_verified(red: Path) -> None:
     with Segmenter(red, threads=1) as segmenter, pytest.raises(ModelError, match=r"parity\.npz: no such file"):
         segmenter.verify()
 
 
 @pytest.mark.parametrize(("share", "pet"), [(None, True), (0.5, True), (0.6, False)])
-def test_whether_there_is_a_pet_is_asked_by_the_models_own_rule(
+def test_found_uses_the_models_rule(
     toy: Callable[..., Artifact], tmp_path: Path, share: float | None, pet: bool
 ) -> None:
     photo = np.zeros((16, 32, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Signal handlers: while they are installed, and where none can be."""
+"""Signal handlers: while they are installed, and in threads that cannot install any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petseg_runtime.signals import EXITS, handled
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
-def test_signals_call_the_function_as_long_as_it_lasts_and_then_do_what_they_did() -> None:
+def test_signals_call_the_handler_inside_the_context_and_are_restored_after() -> None:
     before, numbers = [signal.getsignal(number) for number in BOTH], []
     with handled(lambda number, frame: numbers.append(number), *BOTH):
         for number in BOTH:
@@ -21,7 +21,7 @@ def test_signals_call_the_function_as_long_as_it_lasts_and_then_do_what_they_did
     assert [signal.getsignal(number) for number in BOTH] == before
 
 
-def test_one_inside_another_has_its_turn_alone() -> None:
+def test_only_the_innermost_handler_is_called() -> None:
     heard: list[str] = []
     with handled(lambda number, frame: heard.append("outer"), *BOTH):
         with handled(lambda number, frame: heard.append("inner"), signal.SIGTERM):
@@ -31,7 +31,7 @@ def test_one_inside_another_has_its_turn_alone() -> None:
     assert heard == ["outer", "inner", "outer"]
 
 
-def test_an_error_gives_the_signals_back() -> None:
+def test_an_error_restores_the_signal_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def ends(number: int, frame: object) -> None:
@@ -42,7 +42,7 @@ def test_an_error_gives_the_signals_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+def test_an_ignored_hang_up_stays_ignored() -> None:
     """As under `nohup`: the run should continue when its terminal is gone."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard: list[int] = []
@@ -56,11 +56,11 @@ def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
     assert heard == [signal.SIGTERM]
 
 
-def test_every_signal_that_ends_a_run_in_order_has_the_exit_code_that_shells_give_it() -> None:
+def test_every_terminating_signal_has_the_shells_exit_code() -> None:
     assert {number: 128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} == EXITS
 
 
-def test_outside_of_the_main_thread_nothing_is_changed() -> None:
+def test_outside_the_main_thread_no_handler_is_installed() -> None:
     found: list[object] = []
 
     def look() -> None:

@@ -85,7 +85,7 @@ def looks(kind: str, form: str | None = None) -> Picture:
 
 
 @pytest.mark.parametrize(("kind", "form"), PICTURES)
-def test_each_kind_in_each_format_decodes_to_what_it_is(
+def test_each_kind_is_decoded_correctly_from_each_format(
     tmp_path: Path, result: Segmentation, kind: str, form: str
 ) -> None:
     out, wanted = tmp_path / "out", looks(kind, form)
@@ -111,7 +111,7 @@ def test_each_kind_in_each_format_decodes_to_what_it_is(
 
 @given(data=st.data())
 @settings(max_examples=20)
-def test_masks_and_probabilities_are_exact_in_every_format(data: st.DataObject) -> None:
+def test_masks_and_probabilities_are_lossless_in_every_format(data: st.DataObject) -> None:
     height, width, seed = (data.draw(st.integers(1, 40)) for _ in range(3))
     probability = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
     noise = Segmentation(None, probability, 0.5, 0.3)
@@ -125,12 +125,12 @@ def test_masks_and_probabilities_are_exact_in_every_format(data: st.DataObject) 
 
 
 @pytest.mark.parametrize("kind", [kind for kind, entry in KINDS.items() if entry.formats])
-def test_the_usual_format_is_jpeg_only_where_nothing_is_transparent_or_exact(kind: str) -> None:
+def test_the_default_format_is_jpeg_only_for_opaque_photos(kind: str) -> None:
     assert looks(kind).format == ("jpg" if kind in {"overlay", "background"} else "png")
 
 
 @pytest.mark.parametrize(("kind", "form"), PICTURES)
-def test_pictures_with_the_photo_in_them_have_its_profile(
+def test_pictures_that_show_the_photo_have_its_profile(
     tmp_path: Path, result: Segmentation, kind: str, form: str
 ) -> None:
     profile = bytes(16) + b"RGB " + bytes(200)
@@ -141,7 +141,7 @@ def test_pictures_with_the_photo_in_them_have_its_profile(
             assert picture.info.get("icc_profile") == expected
 
 
-def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> None:
+def test_only_kinds_that_show_the_photo_need_it(result: Segmentation) -> None:
     bare = dataclasses.replace(result, pixels=None)
     for kind, entry in KINDS.items():
         if entry.formats and not entry.needs_photo:
@@ -151,14 +151,14 @@ def test_only_the_kinds_with_the_photo_in_them_need_it(result: Segmentation) -> 
                 looks(kind).render(bare)
 
 
-# ----------------------------------------------------------------------------- options that do not fit together
+# ------------------------------------------------------------------------------------------ conflicting options
 
 
 @pytest.mark.parametrize(
     ("kind", "form"),
     [(kind, form) for kind, entry in KINDS.items() for form in ("png", "jpg", "webp") if form not in entry.formats],
 )
-def test_a_format_that_cannot_hold_a_kind_is_refused_with_those_that_can(kind: str, form: str) -> None:
+def test_an_unsuitable_format_is_rejected_with_the_suitable_ones(kind: str, form: str) -> None:
     able = ", ".join(KINDS[kind].formats) or "JSON only"
     with pytest.raises(UsageError, match=f"^a {kind} cannot be written as {form}; available: {able}$"):
         check_looks(kind, form, "white" if kind == "background" else None)
@@ -170,7 +170,7 @@ def test_a_transparent_cutout_is_never_a_jpeg() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_a_background_and_its_kind_belong_together(kind: str) -> None:
+def test_a_background_requires_its_kind_and_vice_versa(kind: str) -> None:
     with pytest.raises(UsageError, match=r"--background .* and --as background belong together"):
         check_looks(kind, background=None if kind == "background" else "white")
 
@@ -194,7 +194,7 @@ def test_a_background_may_be_a_colour(result: Segmentation, text: str, colour: t
     assert (pixels[10, 12] == 90).all()  # the pet
 
 
-def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, result: Segmentation) -> None:
+def test_a_background_may_be_a_picture_which_is_fitted(tmp_path: Path, result: Segmentation) -> None:
     beach = tmp_path / "beach.png"
     halves = np.zeros((50, 40, 3), np.uint8)
     halves[:, :20, 0] = halves[:, 20:, 2] = 200
@@ -206,7 +206,7 @@ def test_a_background_may_be_a_picture_that_is_made_to_fit(tmp_path: Path, resul
     assert (pixels[10, 12] == 90).all()
 
 
-def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
+def test_a_background_is_fitted_once_per_size_and_profile(
     result: Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[int, int]] = []
@@ -240,18 +240,18 @@ def test_a_background_is_made_to_fit_once_for_photos_of_one_size_and_profile(
     assert beach.tobytes() == before
 
 
-def test_a_background_that_is_partly_transparent_is_refused() -> None:
+def test_a_partly_transparent_background_is_rejected() -> None:
     with pytest.raises(InputError, match="'#0f08': a colour must be opaque"):
         background_of("#0f08")
 
 
 @pytest.mark.parametrize("text", ["rgb(300,0,0)", "rgb(101%,0%,0%)", "hsl(0,300%,50%)"])
-def test_a_background_beyond_what_a_pixel_holds_is_refused(text: str) -> None:
+def test_a_background_colour_out_of_range_is_rejected(text: str) -> None:
     with pytest.raises(InputError, match="neither a colour"):
         background_of(text)
 
 
-def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:
+def test_a_background_that_is_neither_colour_nor_picture_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"background 'chartruse': neither a colour \(white, #00ff00\) nor a file"):
         background_of("chartruse")
     (tmp_path / "notes.txt").write_text("no picture")
@@ -262,7 +262,7 @@ def test_a_background_that_is_neither_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- folders
 
 
-def test_results_lie_in_folders_like_the_photos_own(tmp_path: Path, result: Segmentation) -> None:
+def test_results_mirror_the_photos_folders(tmp_path: Path, result: Segmentation) -> None:
     item = Item(Path("cat.jpg"), PurePath("a/b/cat"))
     assert ImageSink(tmp_path, picture("mask"), [item]).write(item, result).path == tmp_path / "a" / "b" / "cat.png"
     assert (tmp_path / "a" / "b" / "cat.png").is_file()
@@ -274,7 +274,7 @@ def test_dots_in_a_name_are_kept(tmp_path: Path) -> None:
         assert sink.path_of(Item(Path("x.jpg"), PurePath(name))) == tmp_path / f"{name}.png"
 
 
-def test_making_a_sink_leaves_an_empty_folder_and_no_probe(tmp_path: Path) -> None:
+def test_creating_a_sink_leaves_an_empty_folder(tmp_path: Path) -> None:
     ImageSink(tmp_path / "new" / "out", picture("mask"), [ITEM])
     assert tree(tmp_path) == ["new", "new/out"]
 
@@ -294,7 +294,7 @@ def photos(folder: Path, *names: str) -> list[Item]:
     return [Item(folder / name, PurePath(name).with_suffix("")) for name in names]
 
 
-def test_a_result_that_would_replace_its_photo_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_result_that_would_replace_its_photo_is_rejected_early(tmp_path: Path) -> None:
     items = photos(tmp_path / "in", "a.jpg", "b.png")
     with pytest.raises(OutputError, match=r"b\.png.* would replace a photo"):
         ImageSink(tmp_path / "in", picture("cutout"), items)
@@ -302,14 +302,14 @@ def test_a_result_that_would_replace_its_photo_is_refused_before_anything_is_wri
     assert (tmp_path / "in" / "b.png").read_bytes() == b"a photo"
 
 
-def test_a_result_that_would_replace_another_ones_photo_is_refused(tmp_path: Path) -> None:
+def test_a_result_that_would_replace_another_photo_is_rejected(tmp_path: Path) -> None:
     one = photos(tmp_path / "one", "cat.jpg")
     two = photos(tmp_path / "two", "cat.png")
     with pytest.raises(OutputError, match="would replace a photo"):
         ImageSink(tmp_path / "two", picture("mask"), [*one, Item(two[0].source, PurePath("dog"))])
 
 
-def test_a_photo_is_safe_also_when_it_is_reached_through_a_link(tmp_path: Path) -> None:
+def test_a_photo_reached_through_a_link_is_not_replaced(tmp_path: Path) -> None:
     items = photos(tmp_path / "in", "a.png")
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(OutputError, match="would replace a photo"):
@@ -319,13 +319,13 @@ def test_a_photo_is_safe_also_when_it_is_reached_through_a_link(tmp_path: Path) 
         ImageSink(tmp_path / "in", picture("mask"), linked)
 
 
-def test_the_photos_own_folder_will_do_where_nothing_is_replaced(tmp_path: Path, result: Segmentation) -> None:
+def test_the_photos_folder_is_allowed_if_nothing_is_replaced(tmp_path: Path, result: Segmentation) -> None:
     items = photos(tmp_path, "a.jpg")
     assert ImageSink(tmp_path, picture("mask"), items).write(items[0], result).path == tmp_path / "a.png"
     assert (tmp_path / "a.jpg").read_bytes() == b"a photo"
 
 
-def test_folders_are_looked_up_once_not_for_each_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_resolved_once_not_per_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = photos(tmp_path / "in", *(f"{number}.jpg" for number in range(50)))
     asked: list[Any] = []
     real: Any = os.path.realpath
@@ -334,13 +334,13 @@ def test_folders_are_looked_up_once_not_for_each_photo(tmp_path: Path, monkeypat
     assert len(asked) <= 3
 
 
-def test_a_loop_of_links_among_the_photos_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_link_loop_among_the_photos_does_not_prevent_a_sink(tmp_path: Path) -> None:
     loop = tmp_path / "loop.jpg"
     loop.symlink_to(loop)
     ImageSink(tmp_path / "out", picture("mask"), [Item(loop, PurePath("loop"))])
 
 
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"precious")
     with pytest.raises(OutputError, match="choose another --output") as caught:
         ImageSink(tmp_path / "file", picture("mask"), [ITEM])
@@ -349,7 +349,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["file/out", "file/a/b", "loop", "loop/out"])
-def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, below: str) -> None:
+def test_an_output_that_cannot_be_created_is_rejected(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OutputError, match="cannot be written to"):
@@ -358,7 +358,7 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path, below: str) ->
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_output_is_refused(tmp_path: Path) -> None:
+def test_a_read_only_output_is_rejected(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError, match="Permission denied"):
@@ -369,7 +369,7 @@ def test_a_read_only_output_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, entry in KINDS.items() if entry.formats])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
-def test_a_full_disk_is_an_output_error_and_leaves_nothing_half_written(
+def test_a_full_disk_is_an_output_error_and_leaves_no_partial_file(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch, kind: str, code: int
 ) -> None:
     sink = ImageSink(tmp_path, looks(kind), [ITEM])
@@ -381,7 +381,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing_half_written(
     assert tree(tmp_path) == []
 
 
-def test_a_full_disk_leaves_an_earlier_result_as_it_was(
+def test_a_full_disk_keeps_an_earlier_result(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = ImageSink(tmp_path, picture("mask"), [ITEM])
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_an_earlier_result_as_it_was(
     assert (tmp_path / "cat.png").read_bytes() == b"earlier"
 
 
-def test_another_failure_concerns_this_photo_alone(
+def test_any_other_write_failure_fails_only_that_photo(
     tmp_path: Path, result: Segmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink = ImageSink(tmp_path, picture("mask"), [ITEM])
@@ -404,7 +404,7 @@ def test_another_failure_concerns_this_photo_alone(
     assert tree(tmp_path) == []
 
 
-def test_a_name_too_long_for_the_file_system_concerns_this_photo_alone(tmp_path: Path, result: Segmentation) -> None:
+def test_a_name_too_long_for_the_file_system_fails_only_that_photo(tmp_path: Path, result: Segmentation) -> None:
     fits, long = (Item(Path("x.jpg"), PurePath("n" * length)) for length in (251, 252))
     sink = ImageSink(tmp_path, picture("mask"), [fits, long])
     with pytest.raises(InputError, match="too long"):
@@ -415,9 +415,7 @@ def test_a_name_too_long_for_the_file_system_concerns_this_photo_alone(tmp_path:
     assert tree(tmp_path) == ["n" * 251 + ".png"]
 
 
-def test_a_result_whose_place_is_taken_by_a_folder_concerns_this_photo_alone(
-    tmp_path: Path, result: Segmentation
-) -> None:
+def test_a_result_path_occupied_by_a_folder_fails_only_that_photo(tmp_path: Path, result: Segmentation) -> None:
     (tmp_path / "cat.png").mkdir()
     with pytest.raises(InputError, match=r"cat\.png"):
         ImageSink(tmp_path, picture("mask"), [ITEM]).write(ITEM, result)
@@ -433,7 +431,7 @@ def test_a_file_beside_the_photos_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "cat.jpg").read_bytes() == before
 
 
-def test_a_file_beside_the_runs_videos_is_not_replaced_either(tmp_path: Path) -> None:
+def test_a_file_beside_the_runs_videos_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "cat.png").write_text("somebody's")
     videos = [Item(tmp_path / "videos" / "clip.mp4", PurePath("clip"))]
@@ -441,13 +439,13 @@ def test_a_file_beside_the_runs_videos_is_not_replaced_either(tmp_path: Path) ->
         ImageSink(tmp_path / "videos", picture("mask"), photos(tmp_path / "in", "cat.jpg"), beside=videos)
 
 
-def test_a_name_too_long_for_the_result_alone_waits_for_its_turn_beside_the_photos(tmp_path: Path) -> None:
+def test_a_too_long_result_name_does_not_prevent_a_sink_beside_the_photos(tmp_path: Path) -> None:
     source = tmp_path / f"{'a' * 251}.jpg"
     Image.new("RGB", (8, 8)).save(source)
     ImageSink(tmp_path, picture("mask", "webp"), [Item(source, PurePath("a" * 251))])
 
 
-def test_a_text_too_long_for_a_name_is_no_background() -> None:
+def test_a_text_too_long_for_a_file_name_is_rejected_as_background() -> None:
     with pytest.raises(InputError, match="neither a colour"):
         background_of("a" * 300)
 
@@ -464,14 +462,14 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
     assert all("categories" in path.read_text() for path in tmp_path.rglob("annotations.json"))
 
 
-def test_an_earlier_runs_results_are_replaced_elsewhere(tmp_path: Path) -> None:
+def test_an_earlier_runs_results_are_replaced_in_a_separate_folder(tmp_path: Path) -> None:
     items = [Item(tmp_path / "cat.png", PurePath("cat"))]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cat.jpg").write_bytes(b"old")
     ImageSink(tmp_path / "out", picture("overlay"), items)
 
 
-def test_what_lies_beside_the_photos_is_a_resumed_runs_own(tmp_path: Path, result: Segmentation) -> None:
+def test_a_resumed_run_replaces_results_beside_the_photos(tmp_path: Path, result: Segmentation) -> None:
     items = photos(tmp_path, "cat.png")
     (tmp_path / "cat.jpg").write_bytes(b"by the run that was stopped")
     sink = ImageSink(tmp_path, picture("overlay"), items, resume=True)
@@ -481,9 +479,7 @@ def test_what_lies_beside_the_photos_is_a_resumed_runs_own(tmp_path: Path, resul
 
 
 @pytest.mark.parametrize(("form", "limit"), [("jpg", 65_500), ("webp", 16_383)])
-def test_a_picture_that_is_too_large_for_its_format_concerns_this_photo_alone(
-    tmp_path: Path, form: str, limit: int
-) -> None:
+def test_a_picture_too_large_for_its_format_fails_only_that_photo(tmp_path: Path, form: str, limit: int) -> None:
     wide = Segmentation(np.zeros((1, limit + 1, 3), np.uint8), np.zeros((1, limit + 1), np.uint8), 0.5, 0.3)
     with pytest.raises(InputError, match=r"photos/cat\.jpg: its result .* cannot be written"):
         ImageSink(tmp_path, picture("overlay", form), [ITEM]).write(ITEM, wide)
@@ -492,11 +488,11 @@ def test_a_picture_that_is_too_large_for_its_format_concerns_this_photo_alone(
     assert tree(tmp_path) == []
 
 
-# ---------------------------------------------------------------------------------------------- a stream
+# ----------------------------------------------------------------------------------------------- streams
 
 
 @pytest.mark.parametrize(("kind", "form"), PICTURES)
-def test_a_stream_gets_the_bytes_that_a_file_would(tmp_path: Path, result: Segmentation, kind: str, form: str) -> None:
+def test_a_stream_gets_the_same_bytes_as_a_file(tmp_path: Path, result: Segmentation, kind: str, form: str) -> None:
     stream = io.BytesIO()
     sink = StreamSink(stream, looks(kind, form))
     written = sink.write(Item(STDIN, PurePath("stdin"), data=b""), result)
@@ -506,13 +502,13 @@ def test_a_stream_gets_the_bytes_that_a_file_would(tmp_path: Path, result: Segme
     assert stream.getvalue() == path.read_bytes()
 
 
-def test_a_stream_that_is_full_is_an_output_error(result: Segmentation) -> None:
+def test_a_full_stream_is_an_output_error(result: Segmentation) -> None:
     said = r"standard output cannot be written to \(No space left on device\)"
     with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OutputError, match=said):
         StreamSink(full, picture("mask")).write(ITEM, result)
 
 
-def test_a_reader_of_the_stream_that_has_gone_away_is_no_error_of_ours(result: Segmentation) -> None:
+def test_a_broken_pipe_is_not_an_output_error(result: Segmentation) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb", buffering=0) as stream, pytest.raises(BrokenPipeError):
@@ -568,7 +564,7 @@ def test_a_coco_file_has_every_photo_and_an_annotation_for_each_with_a_pet(tmp_p
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools with numpy 2
 @pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
-def test_cocos_own_tools_read_the_masks_back(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pycocotools_reads_the_masks_back(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     tools = pytest.importorskip("pycocotools.coco")
     results = [*(blob(seed) for seed in range(8)), hollow()]
     coco(tmp_path, kind, results)
@@ -586,7 +582,7 @@ def test_cocos_own_tools_read_the_masks_back(tmp_path: Path, kind: str, capsys: 
     assert "index created" in capsys.readouterr().out  # it reports on stdout
 
 
-def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
+def test_run_lengths_are_exact_by_an_independent_decoder(tmp_path: Path) -> None:
     results = [*(blob(seed) for seed in range(5)), hollow()]
     for annotation, result in zip(coco(tmp_path, "coco-rle", results)["annotations"], results, strict=True):
         height, width = annotation["segmentation"]["size"]
@@ -604,7 +600,7 @@ def test_run_lengths_are_exact_by_a_decoder_of_our_own(tmp_path: Path) -> None:
         np.testing.assert_array_equal(flat.reshape(width, height).T, result.mask)
 
 
-def test_a_coco_files_values_are_not_kept(tmp_path: Path) -> None:
+def test_coco_annotations_are_not_kept_in_memory(tmp_path: Path) -> None:
     """The values of a hundred thousand photos take gigabytes."""
 
     class Outline(list[float]):
@@ -629,7 +625,7 @@ def test_a_coco_files_values_are_not_kept(tmp_path: Path) -> None:
     assert most[0] <= 3
 
 
-def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coco_file_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coco(tmp_path, "coco-rle", [blob(0)])
     before = (tmp_path / "annotations.json").read_bytes()
 
@@ -644,7 +640,7 @@ def test_a_coco_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
     assert (tmp_path / "annotations.json").read_bytes() == before
 
 
-def test_a_coco_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_unwritable_coco_folder_is_rejected_immediately(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot be written to .*; choose another --output"):
         CocoSink(tmp_path / "file", "coco-rle", [])

@@ -52,7 +52,7 @@ def deny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(os, "scandir", scandir)
 
 
-def test_folders_are_searched_with_all_below_them_and_keep_their_structure(tmp_path: Path) -> None:
+def test_folders_are_searched_recursively_and_keep_their_structure(tmp_path: Path) -> None:
     touch(tmp_path, "top.jpg", "a/one.png", "a/b/two.webp")
     items = find_photos([tmp_path])
     assert {item.source: str(item.name) for item in items} == {
@@ -63,9 +63,7 @@ def test_folders_are_searched_with_all_below_them_and_keep_their_structure(tmp_p
     assert all(item.problem is None for item in items)
 
 
-def test_the_order_is_sorted_and_does_not_hang_on_the_file_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_is_sorted_independently_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "c.jpg", "a.jpg", "b.jpg", "y/1.jpg", "x/2.jpg", "x/1.jpg")
     first = find_photos([tmp_path])
     assert names(first) == ["a", "b", "c", "x/1", "x/2", "y/1"]
@@ -87,63 +85,63 @@ def test_arguments_keep_their_order(tmp_path: Path) -> None:
     assert [item.source for item in find_photos(paths)] == paths
 
 
-def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "seen.jpg", ".hidden.jpg", "._seen.jpg", ".thumbnails/seen.jpg", "a/.b/c.jpg")
     assert names(find_photos([tmp_path])) == ["seen"]
 
 
-def test_a_hidden_file_or_folder_that_is_named_is_taken(tmp_path: Path) -> None:
+def test_an_explicitly_named_hidden_file_or_folder_is_used(tmp_path: Path) -> None:
     touch(tmp_path, ".hidden.jpg", ".folder/cat.jpg")
     items = find_photos([tmp_path / ".hidden.jpg", tmp_path / ".folder"])
     assert [item.source.name for item in items] == [".hidden.jpg", "cat.jpg"]
 
 
-def test_a_folder_gives_only_images_but_a_named_file_is_tried_whatever_it_is_called(tmp_path: Path) -> None:
+def test_a_folder_gives_only_images_but_a_named_file_is_always_tried(tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt", "cat.jpg", "jpg", "photo", "video.mp4")
     assert names(find_photos([tmp_path])) == ["cat"]
     assert names(find_photos([tmp_path / "notes.txt", tmp_path / "photo"])) == ["notes", "photo"]
 
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
-def test_suffixes_are_taken_in_upper_and_lower_case(tmp_path: Path, suffix: str) -> None:
+def test_suffixes_are_case_insensitive(tmp_path: Path, suffix: str) -> None:
     touch(tmp_path, f"a{suffix}", f"b{suffix.upper()}")
     assert names(find_photos([tmp_path])) == ["a", "b"]
 
 
-def test_only_the_last_suffix_is_dropped(tmp_path: Path) -> None:
+def test_only_the_last_suffix_is_removed(tmp_path: Path) -> None:
     touch(tmp_path, "cat.v1.jpg", "cat.v2.jpg")
     assert names(find_photos([tmp_path])) == ["cat.v1", "cat.v2"]
 
 
-def test_the_same_name_in_two_sub_folders_is_no_collision(tmp_path: Path) -> None:
+def test_the_same_name_in_two_subfolders_does_not_collide(tmp_path: Path) -> None:
     touch(tmp_path, "a/cat.jpg", "b/cat.jpg")
     assert names(find_photos([tmp_path])) == ["a/cat", "b/cat"]
 
 
-def test_the_same_stem_keeps_its_suffix(tmp_path: Path) -> None:
+def test_photos_with_the_same_stem_keep_their_suffixes(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg", "cat.png", "dog.jpg")
     assert names(find_photos([tmp_path])) == ["cat.jpg", "cat.png", "dog"]
 
 
-def test_names_differ_also_where_upper_and_lower_case_are_one(tmp_path: Path) -> None:
+def test_names_are_unique_ignoring_case(tmp_path: Path) -> None:
     touch(tmp_path, "CAT.jpg", "cat.jpg")
     found = names(find_photos([tmp_path]))
     assert len({name.casefold() for name in found}) == len(found) == 2
 
 
-def test_a_number_is_not_one_that_another_photo_has_by_right(tmp_path: Path) -> None:
+def test_a_numbered_name_never_takes_another_photos_name(tmp_path: Path) -> None:
     touch(tmp_path, "a/cat.jpg", "b/cat.jpg", "c/cat.jpg-2.png")
     items = find_photos([tmp_path / "a" / "cat.jpg", tmp_path / "b" / "cat.jpg", tmp_path / "c" / "cat.jpg-2.png"])
     assert names(items) == ["cat.jpg", "cat.jpg-3", "cat.jpg-2"]
 
 
-def test_several_folders_each_put_their_name_first(tmp_path: Path) -> None:
+def test_results_of_several_folders_are_prefixed_with_the_folder_name(tmp_path: Path) -> None:
     touch(tmp_path, "cats/1.jpg", "dogs/1.jpg", "loose.jpg")
     items = find_photos([tmp_path / "cats", tmp_path / "dogs", tmp_path / "loose.jpg"])
     assert names(items) == ["cats/1", "dogs/1", "loose"]
 
 
-def test_one_folder_among_files_puts_no_name_first(tmp_path: Path) -> None:
+def test_a_single_folder_among_files_adds_no_prefix(tmp_path: Path) -> None:
     touch(tmp_path, "cats/1.jpg", "loose.jpg")
     assert names(find_photos([tmp_path / "cats", tmp_path / "loose.jpg"])) == ["1", "loose"]
 
@@ -159,33 +157,33 @@ def test_two_folders_of_the_same_name_do_not_mix_their_photos(tmp_path: Path) ->
     assert len(set(names(items))) == 3
 
 
-def test_the_current_folder_gives_its_real_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_named_by_its_real_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cats/1.jpg", "dogs/1.jpg")
     monkeypatch.chdir(tmp_path / "cats")
     assert names(find_photos([Path(), Path("..") / "dogs"])) == ["cats/1", "dogs/1"]
 
 
-def test_a_file_named_twice_gives_two_results_that_do_not_share_a_name(tmp_path: Path) -> None:
+def test_a_file_given_twice_gives_two_results_with_different_names(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg")
     items = find_photos([tmp_path / "cat.jpg", tmp_path / "cat.jpg"])
     assert [item.source for item in items] == [tmp_path / "cat.jpg"] * 2
     assert len(set(names(items))) == 2
 
 
-def test_the_output_inside_the_input_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_inside_the_input_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat.jpg", "out/.petseg-run.ndjson", "out/cat.png", "out/deep/cat.png", "other/out/dog.jpg")
     assert names(find_photos([tmp_path], tmp_path / "out")) == ["cat", "other/out/dog"]
     monkeypatch.chdir(tmp_path)
     assert names(find_photos([tmp_path], Path("other") / ".." / "out")) == ["cat", "other/out/dog"]
 
 
-def test_an_output_reached_through_a_link_is_passed_over_too(tmp_path: Path) -> None:
+def test_an_output_reached_through_a_link_is_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "in/cat.jpg", "in/out/.petseg-run.ndjson", "in/out/cat.png")
     (tmp_path / "link").symlink_to(tmp_path / "in" / "out")
     assert names(find_photos([tmp_path / "in"], tmp_path / "link")) == ["cat"]
 
 
-def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
+def test_an_output_that_is_itself_searched_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.png")
     for output in (tmp_path / "out", tmp_path / "in" / ".." / "out"):
         with pytest.raises(UsageError, match="later searches skip folders with results"):
@@ -195,7 +193,7 @@ def test_an_output_that_is_searched_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "*"])
-def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path, pattern: str) -> None:
+def test_an_output_inside_a_searched_folder_must_not_contain_photos(tmp_path: Path, pattern: str) -> None:
     touch(tmp_path, "in/cat.jpg", "in/out/notes.txt", "in/out/deep/dog.jpg")
     with pytest.raises(
         UsageError, match=r"out: it is in a folder that is searched, and contains photos .*\(dog.jpg, for one\)"
@@ -205,7 +203,7 @@ def test_an_output_in_what_is_searched_holds_nothing_but_results(tmp_path: Path,
     assert names(find_photos([tmp_path / "in" / pattern], tmp_path / "in" / "out")) == ["cat"]
 
 
-def test_a_wildcard_does_not_lead_out_of_the_output(tmp_path: Path) -> None:
+def test_dotdot_after_a_wildcard_is_a_problem(tmp_path: Path) -> None:
     touch(tmp_path, "in/p/a.jpg", "dest/c.jpg")
     (item,) = find_photos([tmp_path / "in" / "*" / ".." / ".." / "dest" / "*.jpg"], tmp_path / "o")
     assert ".. after a wildcard leads out" in (item.problem or "")
@@ -230,9 +228,7 @@ def test_an_unreadable_folder_is_a_problem_and_its_neighbours_are_still_found(
     assert "Permission denied" in problem.problem
 
 
-def test_the_only_folder_being_unreadable_is_a_problem_with_a_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_single_folder_is_a_named_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "secret/2.jpg")
     deny(monkeypatch, tmp_path / "secret")
     (problem,) = find_photos([tmp_path / "secret"])
@@ -242,7 +238,7 @@ def test_the_only_folder_being_unreadable_is_a_problem_with_a_name(
 
 
 @pytest.mark.parametrize("pattern", ["", "*.*", "**/*.jpg", "**"])
-def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_are_taken(
+def test_pipes_and_sockets_are_problems_when_found_and_used_when_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     touch(tmp_path, "a.jpg")
@@ -262,18 +258,18 @@ def test_pipes_and_sockets_that_are_found_are_problems_and_those_that_are_named_
     assert named.problem is None
 
 
-def test_what_does_not_exist_is_kept_so_that_it_fails_and_is_counted(tmp_path: Path) -> None:
+def test_a_missing_file_is_kept_and_counted_as_a_failure(tmp_path: Path) -> None:
     (item,) = find_photos([tmp_path / "missing.jpg"])
     assert item == Item(tmp_path / "missing.jpg", PurePath("missing"))
 
 
-def test_a_path_that_the_system_refuses_is_kept_too(tmp_path: Path) -> None:
+def test_a_path_the_system_rejects_is_kept_and_counted(tmp_path: Path) -> None:
     paths = [tmp_path / ("long" * 100 + ".jpg"), tmp_path / "nul\0.jpg", tmp_path / "loop.jpg"]
     paths[2].symlink_to(paths[2])
     assert [item.source for item in find_photos(paths)] == paths
 
 
-def test_an_output_that_is_a_loop_of_links_does_not_stop_the_search(tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_loop_does_not_stop_the_search(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert names(find_photos([tmp_path], tmp_path / "loop")) == ["cat"]
@@ -286,7 +282,7 @@ def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ patterns
 
 
-def test_a_pattern_finds_what_fits_and_keeps_the_structure_below_its_fixed_part(tmp_path: Path) -> None:
+def test_a_pattern_keeps_the_structure_below_its_fixed_part(tmp_path: Path) -> None:
     touch(tmp_path, "photos/top.jpg", "photos/a/one.jpg", "photos/a/b/two.jpg", "photos/a/one.png", "elsewhere.jpg")
     items = find_photos([tmp_path / "photos" / "**" / "*.jpg"])
     assert {item.source: str(item.name) for item in items} == {
@@ -309,21 +305,23 @@ def test_a_pattern_finds_what_fits_and_keeps_the_structure_below_its_fixed_part(
         ("**/3.jpg", ["a/3"]),
     ],
 )
-def test_patterns_are_a_shells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, found: list[str]) -> None:
+def test_patterns_follow_shell_syntax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, found: list[str]
+) -> None:
     touch(tmp_path, "1.jpg", "2.jpg", "1.png", "a/3.jpg", "ab/4.jpg", ".hidden.jpg")
     monkeypatch.chdir(tmp_path)
     assert names(find_photos([Path(pattern)])) == found
     assert names(find_photos([tmp_path / pattern])) == found
 
 
-def test_a_folder_that_fits_a_pattern_is_searched_and_each_photo_is_taken_once(tmp_path: Path) -> None:
+def test_a_folder_matching_a_pattern_is_searched_and_each_photo_used_once(tmp_path: Path) -> None:
     touch(tmp_path, "2023/1.jpg", "2023/deep/2.jpg", "2023/notes.txt", "2024/1.jpg")
     assert names(find_photos([tmp_path / "20*"])) == ["2023/1", "2023/deep/2", "2024/1"]
     everything = find_photos([tmp_path / "2023" / "**"])  # the folders, and what is in them
     assert sorted(item.source.name for item in everything) == ["1.jpg", "2.jpg", "notes.txt"]
 
 
-def test_a_pattern_that_nothing_fits_is_a_problem_that_is_counted(tmp_path: Path) -> None:
+def test_a_pattern_without_matches_is_counted_as_a_problem(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg")
     first, second, cat = find_photos([tmp_path / "*.png", tmp_path / "none" / "**" / "*.jpg", tmp_path / "cat.jpg"])
     assert first.problem == f"{tmp_path / '*.png'}: no file matches this pattern"
@@ -331,7 +329,7 @@ def test_a_pattern_that_nothing_fits_is_a_problem_that_is_counted(tmp_path: Path
     assert cat == Item(tmp_path / "cat.jpg", PurePath("cat"))
 
 
-def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_file_or_folder_named_like_a_pattern_is_used_literally(tmp_path: Path) -> None:
     touch(tmp_path, "cat[1].jpg", "cat1.jpg", "what?.jpg", "album [2024]/dog.jpg")
     (tmp_path / "lost*.jpg").symlink_to("nowhere")
     assert names(find_photos([tmp_path / "cat[1].jpg", tmp_path / "what?.jpg"])) == ["cat[1]", "what?"]
@@ -341,7 +339,7 @@ def test_a_file_or_folder_whose_name_looks_like_a_pattern_is_taken_as_it_is(tmp_
 
 
 @pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "*", "*/*.jpg", "o*/*.jpg"])
-def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str) -> None:
+def test_a_pattern_skips_the_output(tmp_path: Path, pattern: str) -> None:
     """Otherwise a second run would segment the results of the first."""
     touch(tmp_path, "in/cat.jpg", "in/out/cat.jpg", "in/out/deep/cat.jpg", "in/other/dog.jpg")
     touch(tmp_path, "in/out/.petseg-run.ndjson")
@@ -350,7 +348,7 @@ def test_the_output_is_passed_over_by_a_pattern_too(tmp_path: Path, pattern: str
     assert not any("out" in item.source.parts for item in found)
 
 
-def test_an_output_that_a_pattern_searches_is_refused(tmp_path: Path) -> None:
+def test_an_output_searched_by_a_pattern_is_rejected(tmp_path: Path) -> None:
     touch(tmp_path, "out/cat.jpg", "out/deep/cat.jpg")
     for pattern in ("*.jpg", "*", "**", "**/*.jpg", "c*"):
         with pytest.raises(UsageError, match="later searches skip folders with results"):
@@ -369,34 +367,34 @@ def test_an_unreadable_folder_below_a_pattern_is_a_problem(tmp_path: Path, monke
 # --------------------------------------------------------------------------------- what a search skips
 
 
-def told(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
+def find_with_notes(paths: list[Path], output: Path | None = None) -> tuple[list[str], list[str]]:
     """The names of the photos found, and the notes on what was skipped."""
     notes: list[str] = []
     return names(find_photos(paths, output, tell=notes.append)), notes
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.jpg", "**", "*"])
-def test_results_of_earlier_runs_are_passed_over(tmp_path: Path, pattern: str) -> None:
+def test_results_of_earlier_runs_are_skipped(tmp_path: Path, pattern: str) -> None:
     """Also those of other kinds, which are in other folders than this run's."""
     touch(tmp_path, "cat.jpg", "petseg-output/overlay/cat.jpg", "a/petseg-output/mask/dog.jpg", "a/dog.jpg")
     touch(tmp_path, "masks/.petseg-run.ndjson", "masks/cat.jpg", "masks/deep/cat.jpg")
-    found, notes = told([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
+    found, notes = find_with_notes([tmp_path / pattern], tmp_path / "petseg-output" / "cutout")
     assert sorted(found) == ["a/dog", "cat"]
     assert notes == [
         f"{tmp_path / 'masks'}: skipped, because it has results of an earlier run; to segment them, name it"
     ]
 
 
-def test_of_this_runs_own_output_nothing_is_told(tmp_path: Path) -> None:
+def test_skipping_this_runs_output_is_not_reported(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg", "out/.petseg-run.ndjson", "out/cat.jpg")
-    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
-    assert told([tmp_path / "**"], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path / "**"], tmp_path / "out") == (["cat"], [])
 
 
-def test_results_that_are_named_are_taken(tmp_path: Path) -> None:
+def test_explicitly_named_results_are_used(tmp_path: Path) -> None:
     touch(tmp_path, "petseg-output/overlay/cat.jpg", "petseg-output/overlay/.petseg-run.ndjson")
     for named in ("overlay", "overlay/*.jpg", "overlay/**/*.jpg", "overlay/**"):
-        assert told([tmp_path / "petseg-output" / named]) == (["cat"], []), named
+        assert find_with_notes([tmp_path / "petseg-output" / named]) == (["cat"], []), named
 
 
 def links(root: Path) -> list[str]:
@@ -416,16 +414,16 @@ def links(root: Path) -> list[str]:
         *((pattern, ["a/dog"]) for pattern in ("*/*.jpg", "[ab]/**", "*/**/*", "**/*/*.jpg")),
     ],
 )
-def test_links_to_folders_are_told_of_and_not_followed(tmp_path: Path, pattern: str, photos: list[str]) -> None:
+def test_links_to_folders_are_reported_and_not_followed(tmp_path: Path, pattern: str, photos: list[str]) -> None:
     possible = links(tmp_path)
-    found, notes = told([tmp_path / "in" / pattern])
+    found, notes = find_with_notes([tmp_path / "in" / pattern])
     assert sorted(found) == photos
     assert notes
     assert set(notes) <= set(possible)
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "2*", "2*/**", "**/*"])
-def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, pattern: str) -> None:
+def test_unsupported_photos_are_counted_by_suffix(tmp_path: Path, pattern: str) -> None:
     """Each once, although a pattern may match a folder twice; companion files are not mentioned."""
     kinds = ["1.NEF", "2.nef", "deep/3.nef", "4.jp2", "no suffix", "v1.2 with my cat", "5.jxl"]
     beside = ["notes.txt", "1.xmp", "Thumbs.db", ".hidden.nef", "masks/.petseg-run.ndjson", "masks/6.nef", "program.ts"]
@@ -438,42 +436,47 @@ def test_photos_of_other_kinds_are_counted_by_their_suffix(tmp_path: Path, patte
     assert notes[0].startswith(f"{tmp_path / '2024' / 'masks'}: skipped, because it has results of an earlier run")
 
 
-def test_what_is_named_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicitly_named_file_is_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "1.nef", "2.nef", "a/3.nef")
     monkeypatch.chdir(tmp_path)
-    assert told([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == ["skipped because of their suffix: 1 .nef"]
+    assert find_with_notes([Path(), Path("1.nef"), Path("a", "3.nef")])[1] == [
+        "skipped because of their suffix: 1 .nef"
+    ]
 
 
-def test_of_many_other_kinds_the_most_frequent_are_named(tmp_path: Path) -> None:
+def test_of_many_unsupported_suffixes_the_most_frequent_are_named(tmp_path: Path) -> None:
     touch(tmp_path, *(f"{number}.{kind}" for kind in "abcdefg" for number in range(2 if kind == "g" else 1)))
-    assert told([tmp_path]) == ([], ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"])
+    assert find_with_notes([tmp_path]) == (
+        [],
+        ["skipped because of their suffix: 2 .g, 1 .a, 1 .b, 1 .c, 1 .d, 2 of other kinds"],
+    )
 
 
-def test_nothing_is_said_of_other_kinds_in_this_runs_own_output(tmp_path: Path) -> None:
+def test_unsupported_photos_in_this_runs_output_are_not_reported(tmp_path: Path) -> None:
     touch(tmp_path, "cat.jpg", "out/list.nef")
-    assert told([tmp_path], tmp_path / "out") == (["cat"], [])
+    assert find_with_notes([tmp_path], tmp_path / "out") == (["cat"], [])
 
 
-def test_what_was_found_and_what_was_named_is_told_apart(tmp_path: Path) -> None:
+def test_found_and_explicitly_named_photos_are_distinguished(tmp_path: Path) -> None:
     touch(tmp_path, "in/1.jpg", "2.jpg", "3.jpg")
     items = find_photos([tmp_path / "in", tmp_path / "2.jpg", tmp_path / "3*", tmp_path / "none"])
     assert [item.found for item in items] == [True, False, True, False]
 
 
-def test_a_link_to_a_folder_that_is_named_is_followed(tmp_path: Path) -> None:
+def test_an_explicitly_named_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     links(tmp_path)
-    assert told([tmp_path / "in" / "b"]) == (["bird"], [])
-    assert told([tmp_path / "in" / "b" / "**" / "*.jpg"]) == (["bird"], [])
+    assert find_with_notes([tmp_path / "in" / "b"]) == (["bird"], [])
+    assert find_with_notes([tmp_path / "in" / "b" / "**" / "*.jpg"]) == (["bird"], [])
 
 
-def test_links_to_files_are_taken(tmp_path: Path) -> None:
+def test_links_to_files_are_used(tmp_path: Path) -> None:
     touch(tmp_path, "else/cat.jpg", "in/dog.jpg")
     (tmp_path / "in" / "cat.jpg").symlink_to(tmp_path / "else" / "cat.jpg")
     for pattern in ("", "**", "*.jpg"):
-        assert told([tmp_path / "in" / pattern]) == (["cat", "dog"], [])
+        assert find_with_notes([tmp_path / "in" / pattern]) == (["cat", "dog"], [])
 
 
-def test_a_pattern_says_what_it_cannot_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_reports_unlistable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a/1.jpg", "secret/2.jpg")
     deny(monkeypatch, tmp_path / "secret")
     found, problem = find_photos([tmp_path / "**" / "*.jpg"])
@@ -484,28 +487,28 @@ def test_a_pattern_says_what_it_cannot_list(tmp_path: Path, monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------ standard input
 
 
-def give(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def set_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     """Put bytes on standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-def test_a_dash_is_what_comes_on_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_is_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat.jpg")
-    give(monkeypatch, b"\xff\xd8 encoded")
+    set_stdin(monkeypatch, b"\xff\xd8 encoded")
     assert find_photos([tmp_path / "cat.jpg", STDIN]) == [
         Item(tmp_path / "cat.jpg", PurePath("cat")),
         Item(STDIN, PurePath("stdin"), data=b"\xff\xd8 encoded"),
     ]
 
 
-def test_standard_input_is_read_only_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_read_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat.jpg")
     monkeypatch.setattr(sys, "stdin", None)
     assert names(find_photos([tmp_path])) == ["cat"]
 
 
 @pytest.mark.parametrize("pattern", ["*", "?", "**", "./*"])
-def test_a_file_called_dash_that_a_pattern_finds_is_not_standard_input(
+def test_a_file_named_dash_found_by_a_pattern_is_not_stdin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     touch(tmp_path, "-", "a")
@@ -516,7 +519,7 @@ def test_a_file_called_dash_that_a_pattern_finds_is_not_standard_input(
     assert a.source == Path("a")
 
 
-def test_a_dash_is_standard_input_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_is_stdin_even_if_a_folder_has_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "-/cat.jpg", "in/dog.jpg")
     monkeypatch.chdir(tmp_path)
     piped, dog = find_photos([STDIN, Path("in")], pipe=b"photo")
@@ -524,24 +527,22 @@ def test_a_dash_is_standard_input_beside_a_folder_of_that_name(tmp_path: Path, m
     assert str(dog.name) == "dog"
 
 
-def test_a_second_dash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    give(monkeypatch, b"one")
+def test_a_second_dash_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_stdin(monkeypatch, b"one")
     with pytest.raises(UsageError, match=r"standard input .* only once"):
         find_photos([STDIN, STDIN])
 
 
-def test_of_standard_input_no_more_is_read_than_shows_that_it_is_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_read_only_up_to_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_BYTES", 1000)
-    give(monkeypatch, b"x" * 10_000)
+    set_stdin(monkeypatch, b"x" * 10_000)
     (item,) = find_photos([STDIN])
     assert item.data == b"x" * 1001
 
 
-def test_a_file_that_is_called_like_standard_input_keeps_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_named_like_stdin_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "stdin.jpg")
-    give(monkeypatch, b"one")
+    set_stdin(monkeypatch, b"one")
     assert len(set(names(find_photos([tmp_path / "stdin.jpg", STDIN])))) == 2
 
 
@@ -604,7 +605,7 @@ def test_names_never_collide_and_no_photo_is_lost(tree: set[str], chosen: list[s
         ("cat.mp4", "cat.mp4"),
     ],
 )
-def test_what_is_shown_of_a_url(url: str, shown: str) -> None:
+def test_a_url_is_shown_without_credentials(url: str, shown: str) -> None:
     assert redacted(url) == shown
     assert "secret" not in shown
     assert redacted(shown) == shown
@@ -638,7 +639,7 @@ def test_no_secret_in_the_path_of_a_url_is_shown(name: str, secret: str) -> None
 
 
 @given(st.text(max_size=60).filter(lambda text: "Q" not in text))
-def test_any_text_can_be_shown(text: str) -> None:
+def test_any_text_is_accepted_for_display(text: str) -> None:
     assert isinstance(redacted(text), str)
     assert "Q" not in redacted(f"rtsp://user:Q@{text}")
 
@@ -664,7 +665,7 @@ def test_any_text_can_be_shown(text: str) -> None:
         ("cat.bin", b"", False),
     ],
 )
-def test_which_files_are_videos(tmp_path: Path, name: str, data: bytes, video: bool) -> None:
+def test_videos_are_recognised(tmp_path: Path, name: str, data: bytes, video: bool) -> None:
     (tmp_path / name).write_bytes(data)
     assert is_video(Item(tmp_path / name, PurePath("cat"))) is video
 
@@ -672,7 +673,7 @@ def test_which_files_are_videos(tmp_path: Path, name: str, data: bytes, video: b
 PACKET = b"G" + bytes(187)
 
 
-def test_programs_that_are_called_as_transport_streams_are_not_taken_from_folders(tmp_path: Path) -> None:
+def test_typescript_files_are_not_taken_for_transport_streams(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     files = {
         "app.ts": b"const GREETING: string = 'G'\n" * 100,
@@ -696,12 +697,12 @@ def test_programs_that_are_called_as_transport_streams_are_not_taken_from_folder
         assert is_video(item), "reading it says what is wrong"
 
 
-def test_what_is_called_as_a_video_and_cannot_be_read_is_one(tmp_path: Path) -> None:
+def test_an_unreadable_file_with_a_video_suffix_is_a_video(tmp_path: Path) -> None:
     assert is_video(Item(tmp_path / "cat.mp4", PurePath("cat"), problem="a pipe"))
     assert not is_video(Item(tmp_path / "cat.jpg", PurePath("cat"), problem="a pipe"))
 
 
-def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_inspected_is_not_a_video(tmp_path: Path) -> None:
     assert not is_video(Item(tmp_path / "missing", PurePath("cat")))
     assert not is_video(Item(tmp_path, PurePath("cat")))
     assert not is_video(Item(tmp_path / "cat", PurePath("cat"), problem="no"))
@@ -716,12 +717,12 @@ def test_what_cannot_be_looked_into_is_no_video(tmp_path: Path) -> None:
         (["cam", "Cam", "x/cam"], ["cam", "Cam-2", "x/cam"]),
     ],
 )
-def test_a_number_never_makes_a_name_that_another_has(wanted: list[str], given_names: list[str]) -> None:
+def test_numbering_never_creates_a_duplicate_name(wanted: list[str], given_names: list[str]) -> None:
     assert list(map(str, distinct(map(PurePath, wanted)))) == given_names
 
 
 @given(st.lists(st.sampled_from(["a", "A", "a-2", "a-3", "b/a", "b/a-2", "a-2-2", "ß", "ss"]), max_size=30))
-def test_each_name_gets_the_first_number_that_is_free(wanted: list[str]) -> None:
+def test_each_name_gets_the_first_free_number(wanted: list[str]) -> None:
     given_names, by_right = (
         [str(name) for name in distinct(map(PurePath, wanted))],
         {name.casefold() for name in wanted},
@@ -734,7 +735,7 @@ def test_each_name_gets_the_first_number_that_is_free(wanted: list[str]) -> None
         taken.add(got.casefold())
 
 
-def test_many_files_of_one_name_are_not_compared_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_of_one_name_are_not_compared_pairwise(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[PurePath] = []
     key = sources._key
     monkeypatch.setattr(sources, "_key", lambda name: calls.append(name) or key(name))
@@ -745,7 +746,7 @@ def test_many_files_of_one_name_are_not_compared_each_with_each(monkeypatch: pyt
 
 @pytest.mark.parametrize("path", ["cat.jpg", "cat.PNG?width=100", "a/b.jpeg#top", "x.heic"])
 @pytest.mark.parametrize("scheme", ["http", "https", "HTTP"])
-def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
+def test_a_photo_on_a_server_is_not_a_stream(scheme: str, path: str) -> None:
     url = f"{scheme}://me:secret@host/{path}"
     with pytest.raises(
         UsageError, match=r"\*\*\*@host/.*: a photo on a server.*curl -s URL \| petseg infer -.*seekable=0"
@@ -761,7 +762,7 @@ def test_a_photo_on_a_server_is_no_stream(scheme: str, path: str) -> None:
     "url",
     ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live", "http://me:p[w@host/live"],
 )
-def test_other_addresses_are_streams_without_being_told(url: str) -> None:
+def test_other_urls_are_streams_by_default(url: str) -> None:
     camera = stream_origin(url)
     assert camera
     assert camera.endless

@@ -45,11 +45,11 @@ def as_dict(**changes: object) -> dict[str, object]:
 
 @settings(deadline=None)
 @given(specs)
-def test_a_spec_comes_back_as_it_went_out(spec: ModelSpec) -> None:
+def test_a_spec_survives_a_round_trip(spec: ModelSpec) -> None:
     assert ModelSpec.from_json(spec.to_json()) == spec
 
 
-def test_the_json_is_one_line_in_ascii_with_all_fields_and_the_version() -> None:
+def test_the_json_is_one_ascii_line_with_all_fields_and_version() -> None:
     text = dataclasses.replace(GOOD, name="größe\n猫").to_json()
     assert "\n" not in text
     assert text.isascii()
@@ -75,7 +75,7 @@ def test_the_json_of_equal_specs_is_equal() -> None:
     assert GOOD.to_json() == ModelSpec.from_json(json.dumps(dict(reversed(as_dict().items())))).to_json()
 
 
-def test_a_spec_cannot_be_changed() -> None:
+def test_a_spec_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GOOD.height = 256  # type: ignore[misc]
 
@@ -86,7 +86,7 @@ def test_fields_with_a_default_may_be_missing() -> None:
     assert (spec.threshold, spec.cutout_threshold, spec.border_target) == (0.5, 0.5, 0.0)
 
 
-def test_files_that_were_written_before_there_was_a_choice_are_of_one_size_any_batch_and_fp32() -> None:
+def test_older_files_default_to_fixed_size_dynamic_batch_and_fp32() -> None:
     raw = as_dict()
     for field in ("dynamic_size", "batch", "precision"):
         del raw[field]
@@ -95,7 +95,7 @@ def test_files_that_were_written_before_there_was_a_choice_are_of_one_size_any_b
     assert (spec.dynamic_size, spec.batch, spec.precision) == (False, 0, "fp32")
 
 
-def test_a_file_that_was_written_before_the_rule_of_pets_was_its_own_has_the_one_that_all_had() -> None:
+def test_older_files_default_to_the_former_global_pet_rule() -> None:
     raw = as_dict()
     del raw["certain_share"]
     assert ModelSpec.from_json(json.dumps(raw)).certain_share == 0.25
@@ -115,12 +115,12 @@ def test_fields_of_a_later_minor_version_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, [1], 1.5])
-def test_another_schema_version_is_refused_with_the_remedy(version: object) -> None:
+def test_another_schema_version_is_rejected_with_a_remedy(version: object) -> None:
     with pytest.raises(ModelError, match=r"schema_version .*upgrade petseg"):
         ModelSpec.from_json(json.dumps(as_dict(schema_version=version)))
 
 
-def test_a_spec_without_a_schema_version_is_refused() -> None:
+def test_a_spec_without_a_schema_version_is_rejected() -> None:
     raw = as_dict()
     del raw["schema_version"]
     with pytest.raises(ModelError, match="schema_version None"):
@@ -150,7 +150,7 @@ def test_a_spec_without_a_schema_version_is_refused() -> None:
         *[("precision", value) for value in ("", "f32", "FP16", "bf16", "int4", None, 16, ["fp16"])],
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
+def test_a_bad_value_is_rejected_naming_its_field(field: str, value: object) -> None:
     with pytest.raises(ModelError, match=rf"\b{field}\b"):
         ModelSpec.from_json(json.dumps(as_dict(**{field: value})))
 
@@ -165,7 +165,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: obje
     + [("batch", v) for v in (-1, 2.0, True, False, "1", None)]
     + [("precision", v) for v in ("bf16", "", None, ["fp16"])],
 )
-def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, value: object) -> None:
+def test_a_bad_value_is_rejected_by_the_constructor(field: str, value: object) -> None:
     with pytest.raises(ModelError, match=rf"\b{field}\b"):
         dataclasses.replace(GOOD, **{field: value})  # type: ignore[arg-type]
 
@@ -189,7 +189,7 @@ def test_a_bad_value_is_refused_when_a_spec_is_made_in_python_too(field: str, va
         {"precision": "int8"},
     ],
 )
-def test_values_on_the_edge_of_what_is_allowed_are_accepted(changes: dict[str, object]) -> None:
+def test_boundary_values_are_accepted(changes: dict[str, object]) -> None:
     spec = ModelSpec.from_json(json.dumps(as_dict(**changes)))
     assert {field: getattr(spec, field) for field in changes} == changes
 
@@ -199,7 +199,7 @@ def test_values_on_the_edge_of_what_is_allowed_are_accepted(changes: dict[str, o
     ["", " ", "{", "[]", "null", "1", '"text"', "{]", "[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\x00", "\ufeff{}"],
     ids=lambda text: ascii(text[:8]),
 )
-def test_what_is_not_a_json_object_is_refused(text: str) -> None:
+def test_json_that_is_not_an_object_is_rejected(text: str) -> None:
     with pytest.raises(ModelError, match="specification is not"):
         ModelSpec.from_json(text)
 
@@ -240,7 +240,7 @@ def test_a_damaged_spec_raises_nothing_but_model_errors(data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("size", [(128, 160), (16, 16), (160, 128), (16, 4096)])
-def test_a_free_spec_takes_any_multiple_of_sixteen(size: tuple[int, int]) -> None:
+def test_a_dynamic_size_spec_accepts_any_multiple_of_16(size: tuple[int, int]) -> None:
     sized = FREE.sized(*size)
     assert (sized.height, sized.width) == size
     assert dataclasses.replace(sized, height=FREE.height, width=FREE.width) == FREE
@@ -249,12 +249,12 @@ def test_a_free_spec_takes_any_multiple_of_sixteen(size: tuple[int, int]) -> Non
 @pytest.mark.parametrize(
     ("size", "field"), [((0, 160), "height"), ((128, -16), "width"), ((128, 161), "width"), ((8, 160), "height")]
 )
-def test_a_free_spec_takes_no_other_number(size: tuple[int, int], field: str) -> None:
+def test_a_dynamic_size_spec_rejects_other_numbers(size: tuple[int, int], field: str) -> None:
     with pytest.raises(ModelError, match=rf"\b{field}\b.* multiple of 16"):
         FREE.sized(*size)
 
 
-def test_a_fixed_spec_takes_its_own_size_only_and_names_both_and_the_remedy() -> None:
+def test_a_fixed_size_spec_rejects_other_sizes_with_a_remedy() -> None:
     assert GOOD.sized(128, 160) == GOOD
     for size in ((160, 128), (128, 176), (0, 0)):
         with pytest.raises(ModelError, match=rf"128 x 160 only, not {size[0]} x {size[1]}: .*--dynamic-size"):
@@ -262,7 +262,7 @@ def test_a_fixed_spec_takes_its_own_size_only_and_names_both_and_the_remedy() ->
 
 
 @given(st.integers(0, 255))
-def test_a_threshold_that_rounding_leaves_beside_a_byte_is_that_byte(byte: int) -> None:
+def test_a_threshold_within_rounding_of_a_byte_value_is_that_byte(byte: int) -> None:
     for threshold in (byte / 255, math.nextafter(byte / 255, 0), math.nextafter(byte / 255, 1)):
         assert lowest_pet(threshold) == byte
     if byte < 255:

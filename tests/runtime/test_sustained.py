@@ -124,7 +124,7 @@ def measured(*rates: float, batch: int = 1) -> Sustained:
     return Sustained(info=INFO, batch=batch, seconds=600, host=host.host(), gpus=(), intervals=intervals)
 
 
-def test_each_interval_follows_the_one_before_and_each_caller_has_a_thread() -> None:
+def test_intervals_are_consecutive_and_each_caller_has_a_thread() -> None:
     engine = Abacus(lambda count: time.sleep(0.001))
     found = list(sustain(engine, PHOTOS, 0.2))
     assert [one.start for one in found] == [pytest.approx(0.02 * number) for number in range(INTERVALS)]
@@ -145,19 +145,19 @@ def test_a_steady_machine_has_the_same_rate_in_each_interval(clock: Clock, secon
     assert done.loss == pytest.approx(0)
 
 
-def test_callers_that_begin_at_different_times_are_counted_alike(clock: Clock) -> None:
+def test_callers_that_start_at_different_times_are_counted_equally(clock: Clock) -> None:
     found = list(sustain(Abacus(lambda count: clock.sleep(0.35 if count == 1 else 0.7)), PHOTOS, 10.0))
     assert [one.photos_per_second for one in found] == [pytest.approx(2 * 3 / 0.7)] * INTERVALS
 
 
-def test_of_a_run_in_several_intervals_each_has_its_share() -> None:
+def test_a_run_across_intervals_is_split_proportionally() -> None:
     marks = [0.0, 1.5, 3.5, 4.0]
     assert [sustained._runs(marks, begun, begun + 1) for begun in (0, 1, 2, 3)] == [
         pytest.approx(runs) for runs in (1 / 1.5, 0.5 / 1.5 + 0.5 / 2, 1 / 2, 0.5 / 2 + 1)
     ]
 
 
-def test_what_is_counted_is_forgotten() -> None:
+def test_counted_runs_are_discarded() -> None:
     marks = [float(number) for number in range(100)]
     assert sustained._runs(marks, 0.5, 90.5) == pytest.approx(90)
     assert marks == [float(number) for number in range(90, 100)]
@@ -165,7 +165,7 @@ def test_what_is_counted_is_forgotten() -> None:
     assert marks == [99.0]
 
 
-def test_a_machine_that_slows_down_is_told(clock: Clock) -> None:
+def test_throttling_is_reported(clock: Clock) -> None:
     done = measured()
     done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(0.1 if clock.now < 5 else 0.4)), PHOTOS, 10.0))
     assert done.intervals[0].photos_per_second == pytest.approx(60)
@@ -174,7 +174,7 @@ def test_a_machine_that_slows_down_is_told(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "short"), [(1.4, True), (1.1, True), (0.9, False)])
-def test_intervals_that_are_shorter_than_a_run_are_told(clock: Clock, seconds: float, short: bool) -> None:
+def test_intervals_shorter_than_a_run_are_reported(clock: Clock, seconds: float, short: bool) -> None:
     done = measured(batch=3)
     done.intervals.extend(sustain(Abacus(lambda count: clock.sleep(seconds)), PHOTOS, 10.0))
     assert done.short is short
@@ -227,7 +227,7 @@ def test_the_verdict_is_a_sentence(rates: list[float], loss: float | None, verdi
     assert pytest.approx(0.05) == SLOWER
 
 
-def test_the_state_of_the_machine_is_told_where_it_is_known() -> None:
+def test_the_state_of_the_machine_is_reported_if_known() -> None:
     assert interval(0, 5.0).state == ""
     assert interval(0, 5.0).summary == "5.0 photos/s"
     warm = {"cpu-thermal": 61.25, "gpu-thermal": 58.0}
@@ -236,7 +236,7 @@ def test_the_state_of_the_machine_is_told_where_it_is_known() -> None:
     assert interval(0, 5.0, celsius=warm, mhz=(1500.0, 600.0)).summary == "5.0 photos/s, 61.2 °C, 600-1500 MHz"
 
 
-def test_what_the_kernel_says_at_the_end_of_an_interval_is_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_readings_at_the_end_of_an_interval_are_kept(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "temperatures", lambda: {"cpu-thermal": clock.now})
     monkeypatch.setattr(host, "frequencies", lambda: (600.0,))
     found = list(sustain(Abacus(lambda count: clock.sleep(0.3)), PHOTOS, 10.0))
@@ -245,7 +245,7 @@ def test_what_the_kernel_says_at_the_end_of_an_interval_is_kept(clock: Clock, mo
     assert {one.mhz for one in found} == {(600.0,)}
 
 
-def test_a_run_that_fails_ends_it_at_once_with_its_reason() -> None:
+def test_a_failing_run_ends_the_measurement_immediately_with_its_reason() -> None:
     def fail(count: int) -> None:
         if count > 20:
             raise EngineError("a bead fell off")
@@ -256,7 +256,7 @@ def test_a_run_that_fails_ends_it_at_once_with_its_reason() -> None:
     assert not any(caller.is_alive() for caller in engine.callers), "the other caller has ended, too"
 
 
-def test_closed_early_it_leaves_no_caller_at_work() -> None:
+def test_closing_early_stops_all_callers() -> None:
     engine = Abacus(lambda count: time.sleep(0.001))
     with contextlib.closing(sustain(engine, PHOTOS, 1.0)) as found:
         next(found)
@@ -266,7 +266,7 @@ def test_closed_early_it_leaves_no_caller_at_work() -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def test_people_get_a_table_and_a_sentence(
+def test_the_text_output_is_a_table_and_a_sentence(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(host, "temperatures", lambda: {"cpu-thermal": 70.0})
@@ -286,7 +286,7 @@ def test_people_get_a_table_and_a_sentence(
     ]
 
 
-def test_programs_get_every_interval(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_output_has_every_interval(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["benchmark", str(proven.path), "--sustained", "0.01", "--batch", "2", "--json", "-q", *IN_ONNXRUNTIME]
     assert run(command) == 0
     out, err = capsys.readouterr()
@@ -315,7 +315,7 @@ def test_programs_get_every_interval(proven: Artifact, capsys: pytest.CaptureFix
         (["--sustained", "inf"], "--sustained"),
     ],
 )
-def test_what_does_not_go_together_is_wrong_usage(
+def test_conflicting_options_are_a_usage_error(
     options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["benchmark", *options]) == 2
@@ -324,14 +324,14 @@ def test_what_does_not_go_together_is_wrong_usage(
     assert said in err
 
 
-def test_an_engine_that_cannot_be_had_is_5(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unavailable_engine_exits_with_5(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["benchmark", str(proven.path), "--sustained", "1", "--backend", "abacus"]) == 5
     out, err = capsys.readouterr()
     assert out == ""
     assert "unknown engine 'abacus'" in err
 
 
-def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
+def test_an_engine_that_fails_midway_exits_with_5_and_reports_results(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = onnxruntime.load
@@ -358,9 +358,7 @@ def test_an_engine_that_fails_on_the_way_is_5_and_what_was_measured_is_told(
 
 
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
-def test_a_signal_ends_it_in_order_and_what_was_measured_is_told(
-    proven: Artifact, number: str, code: int, said: str
-) -> None:
+def test_a_signal_stops_cleanly_and_reports_results(proven: Artifact, number: str, code: int, said: str) -> None:
     command = [sys.executable, "-m", "petseg.cli", "benchmark", str(proven.path), "--sustained", "0.5", "--json"]
     with subprocess.Popen(
         [*command, *IN_ONNXRUNTIME], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -382,7 +380,7 @@ def test_a_signal_ends_it_in_order_and_what_was_measured_is_told(
     assert ", the last one measured, is " in record["verdict"]
 
 
-def test_stopped_before_the_first_interval_there_is_nothing_to_tell(
+def test_stopping_before_the_first_interval_reports_nothing(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> Any:

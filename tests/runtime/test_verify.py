@@ -13,7 +13,7 @@ from command_line import IN_ONNXRUNTIME, tampered
 from petseg.cli import run
 from petseg_runtime import __version__, host
 from petseg_runtime.artifact import Artifact, open_artifact, sidecar_text
-from petseg_runtime.artifact import sidecar_of as beside
+from petseg_runtime.artifact import sidecar_of as artifact_sidecar_of
 from petseg_runtime.parity import Proof, proof_of
 from petseg_runtime.verify import sidecar_of
 
@@ -23,7 +23,7 @@ L4 = host.Gpu(index=0, name="Stand-in L4", compute_capability="8.9", memory=2**3
 T4 = host.Gpu(index=0, name="Stand-in T4", compute_capability="7.5", memory=2**34, driver="CUDA 13.0")
 
 
-def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Artifact) -> None:
+def test_the_result_records_outcome_file_machine_and_time(proven: Artifact) -> None:
     assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
     result = json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
     assert (result["identity"], result["format"], result["passed"]) == (proven.identity, "onnx", True)
@@ -37,7 +37,7 @@ def test_the_result_says_what_was_found_of_which_file_where_and_when(proven: Art
     assert "schema_version" in result
 
 
-def test_info_shows_what_was_verified(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_verification(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", str(proven.path)]) == 0
     assert "verified here" not in capsys.readouterr().out
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -50,7 +50,7 @@ def test_info_shows_what_was_verified(proven: Artifact, capsys: pytest.CaptureFi
     assert record["verified"] == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
 
 
-def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_shown(
+def test_a_verification_at_another_threshold_or_machine_is_not_shown(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -79,9 +79,7 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
         assert f"verified here  {path.name}: {said}" in capsys.readouterr().out
 
 
-def test_what_was_verified_in_one_engine_is_kept_when_another_is(
-    proven: Artifact, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verifying_one_engine_keeps_the_results_of_others(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     for backend in ("onnxruntime", "openvino", "onnxruntime"):
         assert run(["verify", str(proven.path), "-q", "--backend", backend]) == 0
@@ -98,7 +96,7 @@ def test_what_was_verified_in_one_engine_is_kept_when_another_is(
     assert all(" in openvino " in line for line in lines[1:])
 
 
-def test_a_failure_in_one_engine_is_told_though_another_passes(
+def test_a_failure_in_one_engine_is_shown_even_if_another_passes(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("openvino")
@@ -114,7 +112,7 @@ def test_a_failure_in_one_engine_is_told_though_another_passes(
     assert "verified here  smoke, 4 photos, FAILED, f32 in openvino" in out
 
 
-def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_of_an_engine_has_a_separate_result(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "gpus", lambda: (L4,))
     assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
     path = sidecar_of(proven.path)
@@ -139,7 +137,7 @@ def test_each_device_of_an_engine_has_a_result_of_its_own(proven: Artifact, monk
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_does_not_hold_here_or_cannot_be_told_apart_is_replaced(
+def test_results_invalid_here_or_malformed_are_replaced(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(host, "identity", lambda: "this machine")
@@ -156,7 +154,7 @@ def test_what_does_not_hold_here_or_cannot_be_told_apart_is_replaced(
 
 
 @pytest.mark.parametrize("others", [None, 7, {}, "others", [7], [{}], [[]]], ids=json.dumps)
-def test_odd_others_in_a_result_do_not_keep_info_from_its_work(
+def test_malformed_other_results_do_not_break_info(
     proven: Artifact, capsys: pytest.CaptureFixture[str], others: object
 ) -> None:
     """Any program may have written the results."""
@@ -168,7 +166,7 @@ def test_odd_others_in_a_result_do_not_keep_info_from_its_work(
     assert run(["verify", str(proven.path), "-q"]) == 0
 
 
-def test_what_was_verified_before_the_rule_of_pets_was_in_the_specification_still_holds(
+def test_a_verification_from_before_the_pet_rule_in_the_spec_is_still_valid(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -180,7 +178,7 @@ def test_what_was_verified_before_the_rule_of_pets_was_in_the_specification_stil
     assert "verified here  smoke, 4 photos, passed" in capsys.readouterr().out
 
 
-def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
+def test_a_verification_on_another_machine_of_the_same_kind_is_not_shown(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for there, here, shown in (("a", "b", False), ("a", "a", True), ("", "b", True), ("a", "", True)):
@@ -218,7 +216,7 @@ def test_what_was_verified_on_another_machine_of_the_same_kind_is_not_shown(
         (None, (), "was made on another cuda:0 (unknown, this is none)"),
     ],
 )
-def test_what_was_verified_on_another_gpu_is_not_shown(
+def test_a_verification_on_another_gpu_is_not_shown(
     proven: Artifact,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -244,7 +242,7 @@ def test_what_was_verified_on_another_gpu_is_not_shown(
     assert "verified here  smoke, 4 photos, passed" in capsys.readouterr().out, "a CPU's row is of no GPU"
 
 
-def test_of_what_another_petseg_verified_only_the_network_is_left(
+def test_a_verification_by_another_version_is_shown_for_the_network_only(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
@@ -266,7 +264,7 @@ def test_of_what_another_petseg_verified_only_the_network_is_left(
         assert "road" not in one["summary"]
 
 
-def test_a_result_of_before_is_shown_as_what_it_is_of_the_network_alone(
+def test_a_result_without_the_road_is_shown_for_the_network_only(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -281,7 +279,7 @@ def test_a_result_of_before_is_shown_as_what_it_is_of_the_network_alone(
 
 
 @pytest.mark.parametrize("version", [1, 4, "3", None, []])
-def test_a_result_of_a_version_that_is_not_known_is_not_shown(
+def test_a_result_with_an_unknown_schema_version_is_not_shown(
     proven: Artifact, capsys: pytest.CaptureFixture[str], version: object
 ) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
@@ -293,9 +291,7 @@ def test_a_result_of_a_version_that_is_not_known_is_not_shown(
     assert "passed" not in out
 
 
-def test_the_result_of_another_file_is_not_shown_as_this_ones(
-    proven: Artifact, toy: Toy, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_files_result_is_not_shown(proven: Artifact, toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
     toy(proven.path, channel=1)
     assert run(["info", str(proven.path)]) == 0
@@ -312,7 +308,7 @@ def test_the_result_of_another_file_is_not_shown_as_this_ones(
     [b"", b"{", b"{}", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000],
     ids=lambda content: ascii(content[:5]),
 )
-def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
+def test_an_unreadable_result_does_not_break_info(
     proven: Artifact, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
     sidecar_of(proven.path).write_bytes(content)
@@ -323,7 +319,7 @@ def test_a_result_that_cannot_be_read_does_not_keep_info_from_its_work(
 
 
 @pytest.mark.parametrize("road", [None, 7, [], {}, {"summary": ["passed"]}], ids=json.dumps)
-def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
+def test_a_malformed_road_entry_does_not_break_info(
     proven: Artifact, capsys: pytest.CaptureFixture[str], road: object
 ) -> None:
     """Any program may have written the file."""
@@ -334,14 +330,14 @@ def test_an_odd_road_in_a_result_does_not_keep_info_from_its_work(
     assert "pre- and postprocessing" in capsys.readouterr().out
 
 
-def test_the_result_of_an_earlier_build_is_not_shown_as_this_ones(
+def test_an_earlier_builds_result_is_not_shown(
     toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that is compiled again still has the identity of its ONNX file."""
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
     assert run(["verify", str(toy_ir.path), "-q"]) == 0
     toy_ir.path.write_bytes(toy_ir.path.read_bytes().replace(b"<net", b"<!-- again --><net"))
-    beside(toy_ir.path).write_text(sidecar_text(toy_ir), encoding="utf-8")
+    artifact_sidecar_of(toy_ir.path).write_text(sidecar_text(toy_ir), encoding="utf-8")
     assert open_artifact(toy_ir.path).identity == toy_ir.identity
     assert run(["info", str(toy_ir.path)]) == 0
     assert "of another file; run `petseg verify` again" in capsys.readouterr().out

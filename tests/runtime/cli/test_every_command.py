@@ -35,7 +35,9 @@ from petseg_runtime.signals import terminable
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_2_and_is_explained_on_stderr(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2_and_is_explained_on_stderr(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(args) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -54,7 +56,7 @@ def test_wrong_usage_is_2_and_is_explained_on_stderr(args: list[str], capsys: py
     ],
     ids=" ".join,
 )
-def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
+def test_an_empty_path_exits_with_2(
     photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
     monkeypatch.chdir(photo.parent)
@@ -77,7 +79,7 @@ def test_a_name_that_is_empty_is_2_and_never_the_current_folder(
     ],
     ids=" ".join,
 )
-def test_a_number_that_is_none_is_2(args: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_number_exits_with_2(args: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*args, value]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -88,7 +90,7 @@ def test_a_number_that_is_none_is_2(args: list[str], value: str, capsys: pytest.
 @pytest.mark.parametrize(
     "args", [["--version"], ["info", str(default_model())], ["infer"], ["infer", "--json"]], ids=" ".join
 )
-def test_a_full_disk_behind_what_is_told_is_6(
+def test_a_full_disk_behind_stdout_exits_with_6(
     reds: list[str], tmp_path: Path, args: list[str], unbuffered: str
 ) -> None:
     if args[0] == "infer":
@@ -102,7 +104,7 @@ def test_a_full_disk_behind_what_is_told_is_6(
 
 
 @pytest.mark.parametrize("args", [["--help"], ["info", str(default_model())]], ids=["help", "info"])
-def test_a_reader_that_was_never_there_gets_no_traceback(args: list[str]) -> None:
+def test_a_pipe_closed_from_the_start_gives_no_traceback(args: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -116,9 +118,7 @@ def test_a_reader_that_was_never_there_gets_no_traceback(args: list[str]) -> Non
 
 @pytest.mark.parametrize("stderr", ["full", "reader gone", "closed"])
 @pytest.mark.parametrize(("args", "code"), [(["info", "none.onnx"], 4), (["info", "--nonsense"], 2)])
-def test_the_exit_code_does_not_depend_on_whether_stderr_can_be_written_to(
-    args: list[str], code: int, stderr: str
-) -> None:
+def test_an_unwritable_stderr_does_not_change_the_exit_code(args: list[str], code: int, stderr: str) -> None:
     command = [sys.executable, "-m", "petseg.cli", *args]
     if stderr == "closed":
         command = ["sh", "-c", 'exec "$0" "$@" 2>&-', *command]
@@ -131,7 +131,7 @@ def test_the_exit_code_does_not_depend_on_whether_stderr_can_be_written_to(
     assert done.returncode == code
 
 
-def test_a_signal_keeps_its_exit_code_if_stderr_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_keeps_its_exit_code_with_an_unwritable_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     @terminable()
     def work() -> None:
         signal.raise_signal(signal.SIGTERM)
@@ -146,7 +146,7 @@ def test_a_signal_keeps_its_exit_code_if_stderr_cannot_be_written_to(monkeypatch
     assert end.value.code == 143
 
 
-def test_a_reader_that_has_gone_is_no_traceback_if_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_pipe_with_stderr_closed_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> None:
         raise BrokenPipeError
 
@@ -155,7 +155,7 @@ def test_a_reader_that_has_gone_is_no_traceback_if_stderr_is_closed(monkeypatch:
     assert run(["info"]) == 1
 
 
-def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: Path) -> None:
+def test_output_to_a_closed_terminal_exits_as_after_sighup(tmp_path: Path) -> None:
     """The last output of a run may come before the signal does."""
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
@@ -171,7 +171,7 @@ def test_what_cannot_be_told_to_a_terminal_that_is_gone_is_a_hang_up(tmp_path: P
 
 
 @pytest.mark.parametrize(("number", "code", "said"), [(15, 143, "terminated"), (1, 129, "hung up")])
-def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_cleans_up(
+def test_a_repeated_signal_does_not_interrupt_the_cleanup(
     number: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`timeout` sends SIGTERM twice; the shell and the system may both send SIGHUP."""
@@ -194,7 +194,7 @@ def test_a_signal_that_is_sent_twice_does_not_cut_short_what_the_first_one_clean
 
 
 @pytest.mark.parametrize(("number", "code"), [(15, 143), (1, 129)])
-def test_a_signal_leaves_nothing_half_written_whatever_the_command(
+def test_a_signal_leaves_no_partial_files_in_any_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
     """A scheduler or a closed laptop may end an export, an evaluation or a verification with a signal, which by default
@@ -227,7 +227,7 @@ main()
 
 
 @pytest.mark.parametrize("command", ["doctor", "benchmark"])
-def test_sigterm_ends_what_a_command_has_started(tmp_path: Path, command: str) -> None:
+def test_sigterm_terminates_child_processes(tmp_path: Path, command: str) -> None:
     """The child process has a separate session, so the signal would not reach it."""
     path = tmp_path / "pid"
     program = HANGS.format(path=str(path))
@@ -263,18 +263,18 @@ def test_help_names_every_form_of_a_device(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("command", ["infer", "info", "verify"])
-def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert f"Usage: petseg {command}" in capsys.readouterr().out
 
 
-def test_version_is_the_packages() -> None:
+def test_version_is_the_package_version() -> None:
     done = petseg("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert __version__ in done.stdout
 
 
 @pytest.mark.parametrize("command", [["info"], ["infer", "cat.jpg", "--model"], ["verify"]], ids=" ".join)
-def test_a_fatal_error_shows_names_escaped(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fatal_error_escapes_file_names(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "no\x1b]0;title\x07\nmodel.onnx"]) == 4
     assert capsys.readouterr().err.startswith("petseg: no\\x1b]0;title\\x07\\nmodel.onnx: ")

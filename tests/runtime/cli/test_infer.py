@@ -49,7 +49,7 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+def unusual_files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     folder = Folder(tmp_path_factory.mktemp("odd") / "photos")
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -84,38 +84,38 @@ class Batch:
 
 
 @pytest.fixture(scope="module")
-def batch(odd: Folder, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+def batch(unusual_files: Folder, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     output = tmp_path_factory.mktemp("batch") / "out"
-    done = petseg("infer", odd.root, "--output", output, "--as", "mask", "--json")
+    done = petseg("infer", unusual_files.root, "--output", output, "--as", "mask", "--json")
     return Batch(done, [json.loads(line) for line in done.stdout.splitlines()], output)
 
 
 # ------------------------------------------------------------------------------------- a batch with odd photos
 
 
-def test_a_batch_with_bad_photos_ends_with_3_and_counts_them(odd: Folder, batch: Batch) -> None:
+def test_a_batch_with_bad_photos_exits_with_3_and_counts_them(unusual_files: Folder, batch: Batch) -> None:
     assert batch.process.returncode == 3
     summary = batch.records[-1]
     assert summary["event"] == "summary"
-    assert summary["photos"] == len(odd.good) + len(odd.bad)
-    assert summary["done"] == len(odd.good)
-    assert summary["failed"] == len(odd.bad)
+    assert summary["photos"] == len(unusual_files.good) + len(unusual_files.bad)
+    assert summary["done"] == len(unusual_files.good)
+    assert summary["failed"] == len(unusual_files.bad)
 
 
-def test_each_photo_has_exactly_one_record(odd: Folder, batch: Batch) -> None:
+def test_each_photo_has_exactly_one_record(unusual_files: Folder, batch: Batch) -> None:
     assert all(record["schema_version"] == 1 for record in batch.records)
     by_event: dict[str, list[str]] = {"result": [], "failure": []}
     for record in batch.records[:-1]:
-        by_event[record["event"]].append(str(Path(record["input"]).relative_to(odd.root)))
-    assert sorted(by_event["result"]) == sorted(odd.good)
-    assert sorted(by_event["failure"]) == sorted(odd.bad)
+        by_event[record["event"]].append(str(Path(record["input"]).relative_to(unusual_files.root)))
+    assert sorted(by_event["result"]) == sorted(unusual_files.good)
+    assert sorted(by_event["failure"]) == sorted(unusual_files.bad)
 
 
-def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch) -> None:
+def test_each_result_has_the_upright_size_of_its_photo(unusual_files: Folder, batch: Batch) -> None:
     for record in batch.records:
         if record["event"] != "result":
             continue
-        size = odd.good[str(Path(record["input"]).relative_to(odd.root))]
+        size = unusual_files.good[str(Path(record["input"]).relative_to(unusual_files.root))]
         assert (record["width"], record["height"]) == size
         with Image.open(record["output"]) as mask:
             assert mask.size == size
@@ -123,22 +123,22 @@ def test_each_result_has_the_upright_size_of_its_photo(odd: Folder, batch: Batch
         assert record["coverage"] == pytest.approx(share, abs=1e-6)
 
 
-def test_results_lie_in_folders_like_the_photos_and_nothing_else_does(odd: Folder, batch: Batch) -> None:
+def test_results_mirror_the_photos_folders_and_nothing_else_is_written(unusual_files: Folder, batch: Batch) -> None:
     written = sorted(str(path.relative_to(batch.output)) for path in batch.output.rglob("*") if path.is_file())
-    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in odd.good)])
+    assert written == sorted([JOURNAL, *(str(Path(name).with_suffix(".png")) for name in unusual_files.good)])
     assert parts(batch.output) == []
 
 
-def test_each_line_on_stderr_is_petsegs_and_names_its_file(odd: Folder, batch: Batch) -> None:
+def test_each_line_on_stderr_is_from_petseg_and_names_its_file(unusual_files: Folder, batch: Batch) -> None:
     lines = batch.process.stderr.splitlines()
     noted = [record for record in batch.records if record.get("notes")]
-    assert len(lines) == len(odd.bad) + sum(len(record["notes"]) for record in noted)
-    for name in (*odd.bad, *(Path(record["input"]).name for record in noted)):
+    assert len(lines) == len(unusual_files.bad) + sum(len(record["notes"]) for record in noted)
+    for name in (*unusual_files.bad, *(Path(record["input"]).name for record in noted)):
         shown = name.replace("\n", "\\n")
-        assert any(line.startswith(f"petseg: {odd.root}") and f"/{shown}: " in line for line in lines), name
+        assert any(line.startswith(f"petseg: {unusual_files.root}") and f"/{shown}: " in line for line in lines), name
 
 
-def test_what_was_decided_about_a_photo_is_noted(batch: Batch) -> None:
+def test_decisions_about_a_photo_are_noted(batch: Batch) -> None:
     notes = {Path(record["input"]).name: record["notes"] for record in batch.records if record["event"] == "result"}
     assert any("the first frame" in note for note in notes["moving.gif"])
     assert any("16-bit" in note for note in notes["grey16.png"])
@@ -146,14 +146,14 @@ def test_what_was_decided_about_a_photo_is_noted(batch: Batch) -> None:
     assert notes["plain.jpg"] == notes["phone.jpg"] == []
 
 
-def test_each_failure_says_why(batch: Batch) -> None:
+def test_each_failure_gives_its_reason(batch: Batch) -> None:
     errors = {Path(r["input"]).name: r["error"] for r in batch.records if r["event"] == "failure"}
     assert "truncated" in errors["truncated.jpg"]
     assert "not an image" in errors["text.jpg"]
     assert "empty" in errors["zero.jpg"]
 
 
-def test_for_people_there_is_a_line_per_result_and_a_count(
+def test_text_output_has_a_line_per_result_and_a_count(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photo.parent / "bad.jpg").write_bytes(b"no")
@@ -170,7 +170,7 @@ def test_for_people_there_is_a_line_per_result_and_a_count(
 # ------------------------------------------------------------------------------------------------- exit codes
 
 
-def test_all_done_is_0(photo: Path, tmp_path: Path) -> None:
+def test_full_success_exits_with_0(photo: Path, tmp_path: Path) -> None:
     done = petseg("infer", photo, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1  # no count for a single photo
@@ -178,7 +178,7 @@ def test_all_done_is_0(photo: Path, tmp_path: Path) -> None:
         assert cutout.mode == "RGBA"  # cutouts are the default
 
 
-def test_all_failed_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_failure_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.jpg", "b.jpg"):
@@ -190,7 +190,9 @@ def test_all_failed_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "3 photos: 0 written" in out
 
 
-def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_photos_exits_with_1_and_creates_no_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.txt").touch()
@@ -199,7 +201,7 @@ def test_a_folder_without_photos_is_1_and_makes_no_output(tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_photos_of_kinds_that_are_not_read_are_told_of(
+def test_unsupported_photo_formats_are_reported(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("1.NEF", "2.NEF", "3.NEF", "4.jp2", "no suffix", "notes.txt"):
@@ -216,7 +218,7 @@ def test_photos_of_kinds_that_are_not_read_are_told_of(
 
 
 @pytest.mark.parametrize("value", ["1.5", "0", "1", "-0.1", "nan", "half"])
-def test_a_threshold_outside_its_bounds_is_refused_before_anything_is_written(
+def test_a_threshold_out_of_range_is_rejected_before_anything_is_written(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
 ) -> None:
     assert run(["infer", str(photo), "--output", str(tmp_path / "out"), f"--threshold={value}"]) != 0
@@ -226,7 +228,9 @@ def test_a_threshold_outside_its_bounds_is_refused_before_anything_is_written(
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_damaged_model_exits_with_4(
+    photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(default_model().read_bytes()[:5000])
     for model in (tmp_path / "missing.onnx", damaged, photo):
@@ -238,7 +242,7 @@ def test_a_missing_or_damaged_model_is_4(photo: Path, tmp_path: Path, capsys: py
         assert len(err.splitlines()) == 1
 
 
-def test_no_engine_is_5_and_says_what_to_install(
+def test_without_an_engine_it_exits_with_5_and_says_what_to_install(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for engine in ("onnxruntime", "openvino"):
@@ -250,7 +254,7 @@ def test_no_engine_is_5_and_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_6(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_output_exits_with_6(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         assert run(["infer", str(photo), "--output", str(output)]) == 6
@@ -259,7 +263,7 @@ def test_an_output_that_cannot_be_written_is_6(photo: Path, tmp_path: Path, caps
         assert len(err.splitlines()) == 1
 
 
-def test_a_result_that_would_replace_a_photo_is_6_and_the_photo_stays(tmp_path: Path) -> None:
+def test_a_result_that_would_replace_a_photo_exits_with_6(tmp_path: Path) -> None:
     photo = tmp_path / "cat.png"
     Image.new("RGB", (9, 9)).save(photo)
     before = photo.read_bytes()
@@ -277,7 +281,7 @@ MODES = {"mask": "L", "probability": "L", "cutout": "RGBA", "overlay": "RGB", "b
 
 
 @pytest.mark.parametrize("kind", sorted(MODES))
-def test_each_kind_of_result_is_what_it_is_called(photo: Path, tmp_path: Path, kind: str) -> None:
+def test_each_kind_of_result_is_written_as_named(photo: Path, tmp_path: Path, kind: str) -> None:
     behind = ["--background", "#0000ff"] if kind == "background" else []
     suffix, form = (".jpg", "JPEG") if kind in ("overlay", "background") else (".png", "PNG")
     assert run(["infer", str(photo), "--as", kind, *behind, "--output", str(tmp_path / "out")]) == 0
@@ -306,7 +310,7 @@ def test_each_kind_of_result_is_what_it_is_called(photo: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
-def test_coco_is_one_file_for_all_photos(
+def test_coco_writes_one_file_for_all_photos(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     (photo.parent / "bad.jpg").write_bytes(b"no")
@@ -327,7 +331,7 @@ def test_coco_is_one_file_for_all_photos(
     assert annotation["bbox"] == result["box"]
 
 
-def test_a_background_says_by_itself_what_to_write(photo: Path, tmp_path: Path) -> None:
+def test_a_background_implies_the_kind_of_result(photo: Path, tmp_path: Path) -> None:
     # Chelsea fills her photo, and edges are soft; in this photo, a corner is certainly not pet, whatever the model.
     photo.write_bytes(CHELSEA.with_name("Abyssinian_204.jpg").read_bytes())
     with Image.new("RGB", (30, 90), "red") as beach:
@@ -377,7 +381,7 @@ def test_the_format_can_be_chosen(photo: Path, tmp_path: Path, kind: str, form: 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_does_not_go_together_is_2_and_makes_no_folder(
+def test_conflicting_options_exit_with_2_and_create_no_folder(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     assert run(["infer", str(photo), *options, "--output", str(tmp_path / "out")]) == 2
@@ -388,14 +392,14 @@ def test_what_does_not_go_together_is_2_and_makes_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_background_that_is_neither_colour_nor_file_is_1(
+def test_a_background_that_is_neither_colour_nor_file_exits_with_1(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["infer", str(photo), "--background", "beech.jpg", "--output", str(tmp_path / "out")]) == 1
     assert "background 'beech.jpg': neither a colour (white, #00ff00) nor a file" in capsys.readouterr().err
 
 
-def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) -> None:
+def test_regions_below_the_minimum_area_are_removed(toy: Toy, tmp_path: Path) -> None:
     """For the toy, red is pet; one red square has 6 per cent of the photo, another one 0.2 per cent."""
     model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
     pixels = np.zeros((64, 64, 3), np.uint8)
@@ -412,7 +416,7 @@ def test_regions_smaller_than_asked_for_are_dropped(toy: Toy, tmp_path: Path) ->
         assert mask.sum() == 256 * (regions > 0) + 9 * (regions > 1)
 
 
-def test_what_is_doubtful_is_shown_where_that_is_asked_for(toy: Toy, tmp_path: Path) -> None:
+def test_low_confidence_regions_are_kept_on_request(toy: Toy, tmp_path: Path) -> None:
     model = str(toy(tmp_path / "toy.onnx", height=64, width=64).path)
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[8:24, 8:24, 0], pixels[40:50, 40:50, 0] = 255, 200
@@ -428,7 +432,7 @@ def test_what_is_doubtful_is_shown_where_that_is_asked_for(toy: Toy, tmp_path: P
 
 
 @pytest.mark.parametrize("value", ["1", "-0.1", "all"])
-def test_an_area_outside_its_bounds_is_2(
+def test_an_area_out_of_range_exits_with_2(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
 ) -> None:
     assert run(["infer", str(photo), f"--min-area={value}", "--output", str(tmp_path / "out")]) == 2
@@ -436,7 +440,7 @@ def test_an_area_outside_its_bounds_is_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_kinds_that_are_offered_are_those_that_can_be_written() -> None:
+def test_the_offered_kinds_match_the_writable_ones() -> None:
     (option,) = (parameter for parameter in infer.params if parameter.name == "kind")
     assert set(getattr(option.type, "choices", ())) == set(KINDS) | set(VIDEO_FORMATS)
 
@@ -449,7 +453,7 @@ def test_results_go_to_a_folder_named_after_their_kind_by_default(
     assert (tmp_path / "petseg-output" / "overlay" / "cat.jpg").is_file()
 
 
-def test_masks_and_cutouts_have_each_their_threshold(photo: Path, tmp_path: Path) -> None:
+def test_masks_and_cutouts_have_separate_thresholds(photo: Path, tmp_path: Path) -> None:
     pictures = {}
     for kind, option in (("mask", "--threshold"), ("cutout", "--cutout-threshold")):
         for threshold in ("0.02", "0.98"):
@@ -463,7 +467,7 @@ def test_masks_and_cutouts_have_each_their_threshold(photo: Path, tmp_path: Path
     assert pictures["cutout", "0.02"][..., 3].sum() > pictures["cutout", "0.98"][..., 3].sum()
 
 
-def test_with_both_thresholds_a_cutout_and_what_is_said_of_it_have_each_their_own(
+def test_with_both_thresholds_cutout_and_coverage_use_their_own(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cutouts, coverage = [], []
@@ -487,7 +491,7 @@ def large(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["mask", "probability"])
-def test_masks_are_those_of_the_api_unless_faster_ones_are_asked_for(
+def test_masks_match_the_api_unless_fast_decoding_is_requested(
     large: Path, toy: Toy, tmp_path: Path, kind: str
 ) -> None:
     model = toy(tmp_path / "toy.onnx").path
@@ -506,7 +510,7 @@ def test_masks_are_those_of_the_api_unless_faster_ones_are_asked_for(
     assert (written["fast"] != expected).any()
 
 
-def test_a_run_with_faster_masks_is_another_one(
+def test_fast_decoding_is_a_different_run_for_resume(
     large: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["infer", str(large.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--as", "mask"]
@@ -524,7 +528,7 @@ def test_without_a_threshold_the_models_own_is_used(photo: Path, tmp_path: Path)
     assert (tmp_path / "a" / "cat.png").read_bytes() == (tmp_path / "b" / "cat.png").read_bytes()
 
 
-def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_failures(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGBA", (30, 20)).save(photo.parent / "clear.png")  # would print a note
     assert run(["infer", str(photo.parent), "-q", "--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr() == ("", "")
@@ -536,7 +540,7 @@ def test_quiet_says_nothing_of_what_went_well(photo: Path, tmp_path: Path, capsy
     assert len(err.splitlines()) == 1
 
 
-def test_verbose_names_what_runs_it_on_stderr_and_the_time_it_took(
+def test_verbose_prints_engine_and_time_to_stderr(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["infer", str(photo), "-v", "--backend", "onnxruntime", "--threads", "1"]
@@ -579,7 +583,7 @@ def test_the_engine_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.Ca
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_device_that_cannot_be_had_is_5_with_the_remedy_and_never_another_one(
+def test_an_unavailable_device_exits_with_5_without_fallback(
     photo: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -597,12 +601,12 @@ def test_a_device_that_cannot_be_had_is_5_with_the_remedy_and_never_another_one(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_cpu_can_be_asked_for(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cpu_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["infer", str(photo), "-v", "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
     assert " on cpu, " in capsys.readouterr().err
 
 
-def test_an_engine_that_was_passed_over_is_told_of_on_stderr(
+def test_a_skipped_engine_is_reported_on_stderr(
     toy: Toy, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("openvino")
@@ -619,7 +623,7 @@ def test_an_engine_that_was_passed_over_is_told_of_on_stderr(
     assert capsys.readouterr().err == ""
 
 
-def test_json_is_all_there_is_on_stdout_also_for_one_photo(
+def test_stdout_is_only_json_even_for_one_photo(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["infer", str(photo), "--json", "--output", str(tmp_path / "out")]) == 0
@@ -640,7 +644,7 @@ def test_json_is_all_there_is_on_stdout_also_for_one_photo(
     assert all(set(seconds) == {"sum", "p50", "p95", "p99"} for seconds in summary["steps"].values())
 
 
-def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (30, 20), "blue").save(tmp_path / "sky.png")
     model = str(toy(tmp_path / "toy.onnx").path)
     command = ["infer", str(tmp_path / "sky.png"), "--model", model, "--output", str(tmp_path / "out")]
@@ -655,23 +659,23 @@ def test_where_there_is_no_pet_there_is_no_box(toy: Toy, tmp_path: Path, capsys:
 
 
 @pytest.fixture
-def some(reds: list[str], tmp_path: Path) -> list[str]:
+def mixed_photos(reds: list[str], tmp_path: Path) -> list[str]:
     """The five red photos, and two blue ones without a pet, between and after them."""
     for name in ("1-blue.png", "9-blue.png"):
         Image.new("RGB", (30, 20), "blue").save(tmp_path / "photos" / name)
     return reds
 
 
-def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
-    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_only_found_writes_nothing_for_photos_without_a_pet(
+    mixed_photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     assert files(out) == {JOURNAL, *(f"{index}.png" for index in range(5))}
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
-    assert run([*some, str(tmp_path / "json"), "--only-found", "--json"]) == 0
+    assert run([*mixed_photos, str(tmp_path / "json"), "--only-found", "--json"]) == 0
     *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
     left_out = [record for record in records if record["left_out"]]
     assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
@@ -687,48 +691,48 @@ def test_of_photos_without_a_pet_nothing_is_written_where_that_is_asked(
     }
 
 
-def test_a_run_that_goes_on_knows_what_was_left_out_and_what_was_asked(
-    some: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_resumed_run_remembers_only_found(
+    mixed_photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     (out / "3.png").unlink()
     capsys.readouterr()
-    assert run([*some, str(out), "--only-found", "--resume"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found", "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"7 photos: 1 written to {out}, 6 already there"
-    assert run([*some, str(out), "--resume"]) == 6
+    assert run([*mixed_photos, str(out), "--resume"]) == 6
     assert "only_found was True, now None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
-def test_in_coco_a_photo_without_a_pet_is_one_that_was_looked_at(
-    some: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def test_a_photo_without_a_pet_is_listed_in_coco(
+    mixed_photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("petseg_runtime.result.Segmentation.found", property(lambda result: result.coverage > 0.2))
-    assert run([*some, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
+    assert run([*mixed_photos, str(tmp_path / "out"), "--only-found", "--as", kind]) == 0
     file = json.loads((tmp_path / "out" / "annotations.json").read_text(encoding="utf-8"))
     assert len(file["images"]) == 7
     large = [4 + index for index in range(5) if (6 + index) * 15 / 600 > 0.2]
     assert len(file["annotations"]) == len(large) < 5, "a mask without a pet by the rule has no annotation"
 
 
-def test_what_is_there_already_stays_though_there_is_no_pet(some: list[str], tmp_path: Path) -> None:
+def test_only_found_keeps_existing_results(mixed_photos: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run([*some, str(out)]) == 0
+    assert run([*mixed_photos, str(out)]) == 0
     before = (out / "9-blue.png").read_bytes()
-    assert run([*some, str(out), "--only-found"]) == 0
+    assert run([*mixed_photos, str(out), "--only-found"]) == 0
     assert (out / "9-blue.png").read_bytes() == before
 
 
-def test_without_a_pet_standard_output_stays_empty_and_stderr_says_why(some: list[str], tmp_path: Path) -> None:
+def test_without_a_pet_stdout_is_empty_and_stderr_says_why(mixed_photos: list[str], tmp_path: Path) -> None:
     blue = tmp_path / "photos" / "9-blue.png"
-    done = petseg("infer", blue, *some[2:4], "--output", "-", "--only-found")
+    done = petseg("infer", blue, *mixed_photos[2:4], "--output", "-", "--only-found")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == f"petseg: {blue}: no pet found, nothing written\n"
-    assert petseg("infer", blue, *some[2:4], "--output", "-", "--only-found", "-q").stderr == ""
+    assert petseg("infer", blue, *mixed_photos[2:4], "--output", "-", "--only-found", "-q").stderr == ""
 
 
-def test_a_second_run_passes_over_the_results_of_the_first(
+def test_a_second_run_skips_the_results_of_the_first(
     photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(photo.parent)
@@ -737,10 +741,10 @@ def test_a_second_run_passes_over_the_results_of_the_first(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
 
 
-# ---------------------------------------------------------------------------------------- what is searched
+# ----------------------------------------------------------------------------------- the search for photos
 
 
-def test_results_do_not_go_among_the_photos_that_are_searched(
+def test_results_are_not_written_among_the_searched_photos(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photos = tmp_path / "photos"
@@ -760,7 +764,7 @@ def test_results_do_not_go_among_the_photos_that_are_searched(
     assert files(sub) == {*before, JOURNAL}
 
 
-def test_the_result_of_the_only_photo_in_a_folder_is_not_searched_the_next_time(
+def test_the_only_photos_result_is_not_found_by_the_next_run(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["infer", str(photo.parent), "--model", str(toy(tmp_path / "toy.onnx").path), "--json"]
@@ -770,14 +774,21 @@ def test_the_result_of_the_only_photo_in_a_folder_is_not_searched_the_next_time(
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["photos"] == 1
 
 
-def test_a_file_whose_name_is_like_a_pattern_is_no_search(photo: Path, toy: Toy, tmp_path: Path) -> None:
-    odd = photo.rename(photo.with_name("cat[1].png"))
-    command = ["--as", "overlay", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(odd.parent)]
-    assert run(["infer", str(odd), *command]) == 0
-    assert files(odd.parent) == {odd.name, "cat[1].jpg"}
+def test_a_file_named_like_a_pattern_is_used_as_a_file(photo: Path, toy: Toy, tmp_path: Path) -> None:
+    unusual_files = photo.rename(photo.with_name("cat[1].png"))
+    command = [
+        "--as",
+        "overlay",
+        "--model",
+        str(toy(tmp_path / "toy.onnx").path),
+        "--output",
+        str(unusual_files.parent),
+    ]
+    assert run(["infer", str(unusual_files), *command]) == 0
+    assert files(unusual_files.parent) == {unusual_files.name, "cat[1].jpg"}
 
 
-def test_a_pattern_is_searched_and_one_that_nothing_fits_is_a_failure(
+def test_a_pattern_is_expanded_and_one_without_matches_fails(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photos" / "deep").mkdir()
@@ -789,7 +800,7 @@ def test_a_pattern_is_searched_and_one_that_nothing_fits_is_a_failure(
     assert written == {"0.png", "1.png", "2.png", "deep/0.png"}
 
 
-def test_what_a_search_passes_over_is_named_on_stderr(
+def test_files_skipped_by_a_search_are_named_on_stderr(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
@@ -810,7 +821,7 @@ def test_what_a_search_passes_over_is_named_on_stderr(
     assert capsys.readouterr().err == heic + "\n"
 
 
-def test_the_results_of_one_kind_are_no_sources_of_another(reds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_one_kind_are_not_inputs_of_another(reds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(reds[1])
     monkeypatch.chdir(folder)
     for kind in ("overlay", "cutout", "mask"):
@@ -818,10 +829,10 @@ def test_the_results_of_one_kind_are_no_sources_of_another(reds: list[str], monk
         assert len(files(folder / "petseg-output" / kind) - {JOURNAL}) == 5
 
 
-# ------------------------------------------------------------------------------------- hard names, hard sizes
+# ------------------------------------------------------------------------------------ unusual names and sizes
 
 
-def test_links_in_a_loop_and_impossible_names_are_counted_and_passed_over(
+def test_link_loops_and_invalid_names_are_counted_as_failures(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop = photo.parent / "loop.jpg"
@@ -834,10 +845,10 @@ def test_links_in_a_loop_and_impossible_names_are_counted_and_passed_over(
     assert len(err.splitlines()) == 2
 
 
-def test_a_name_that_is_no_utf_8_is_shown_escaped_and_segmented(photo: Path, tmp_path: Path) -> None:
-    odd = os.fsencode(photo.parent) + b"/caf\xe9.jpg"
+def test_a_non_utf8_name_is_escaped_and_segmented(photo: Path, tmp_path: Path) -> None:
+    unusual_files = os.fsencode(photo.parent) + b"/caf\xe9.jpg"
     try:
-        Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
+        Path(os.fsdecode(unusual_files)).write_bytes(photo.read_bytes())
     except OSError:
         pytest.skip("this file system takes only UTF-8")
     # In a UTF-8 locale, writing undecodable names to a terminal fails; in the C locale, it would not.
@@ -867,7 +878,7 @@ def segmented(photo: Path, out: Path, *options: str) -> np.ndarray:
         return np.array(picture)
 
 
-def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_infer_uses_the_requested_size(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The toy returns the red channel, which a larger input preserves and a smaller one blurs."""
     model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
@@ -884,7 +895,7 @@ def test_infer_takes_the_size_that_is_asked_for(toy: Toy, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(("size", "said"), [("64", "only, not 64 x 64"), ("0", "only, not 0 x 0")])
-def test_a_size_that_the_model_does_not_take_is_2(
+def test_a_size_the_model_does_not_accept_exits_with_2(
     photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str, said: str
 ) -> None:
     assert run(["infer", str(photo), "--size", size, "--output", str(tmp_path / "out")]) == 2
@@ -895,7 +906,7 @@ def test_a_size_that_the_model_does_not_take_is_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_size_that_no_network_takes_is_2(
+def test_a_size_no_network_accepts_exits_with_2(
     toy: Toy, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(toy(tmp_path / "toy.onnx", dynamic_size=True).path)
@@ -903,7 +914,7 @@ def test_a_size_that_no_network_takes_is_2(
     assert "multiple of 16" in capsys.readouterr().err
 
 
-def test_what_is_no_size_is_2(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_size_exits_with_2(photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["infer", str(photo), "--size", "large", "--output", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "--size" in err

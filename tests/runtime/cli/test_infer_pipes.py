@@ -35,7 +35,7 @@ def on_a_terminal(*command: str) -> str:
     return re.sub(r"[\r\n]+", "\n", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()))
 
 
-def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path) -> None:
+def test_on_a_terminal_lines_appear_above_the_bar(reds: list[str], tmp_path: Path) -> None:
     """Nothing of the progress bar precedes them on their line."""
     text = on_a_terminal(*reds, str(tmp_path / "out"))
     for number in range(5):
@@ -44,7 +44,7 @@ def test_on_a_terminal_lines_stand_above_the_bar(reds: list[str], tmp_path: Path
     assert "segmenting" in text
 
 
-def test_the_bar_of_a_run_that_goes_on_is_of_what_is_left(reds: list[str], tmp_path: Path) -> None:
+def test_a_resumed_runs_bar_counts_only_the_remaining_photos(reds: list[str], tmp_path: Path) -> None:
     assert run([*reds, str(tmp_path / "out")]) == 0
     for number in (1, 3):
         (tmp_path / "out" / f"{number}.png").unlink()
@@ -54,7 +54,7 @@ def test_the_bar_of_a_run_that_goes_on_is_of_what_is_left(reds: list[str], tmp_p
     assert "segmenting" not in on_a_terminal(*reds, str(tmp_path / "out"), "--resume"), "no bar for one photo"
 
 
-def test_a_closed_standard_output_and_a_terminal(reds: list[str], tmp_path: Path) -> None:
+def test_a_closed_stdout_with_stderr_on_a_terminal(reds: list[str], tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
     command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
@@ -79,7 +79,7 @@ def piped(data: bytes, *args: object, **options: Any) -> subprocess.CompletedPro
     return done
 
 
-def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
+def test_a_photo_on_stdin_gives_a_picture_on_stdout(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = tmp_path / "photos" / "0.png"
@@ -90,16 +90,14 @@ def test_a_photo_on_standard_input_is_a_picture_on_standard_output(
 
 
 @pytest.mark.parametrize(("data", "why"), [(b"no photo", b"not an image"), (b"", b"empty (0 bytes)")])
-def test_what_is_no_photo_on_standard_input_is_1_with_nothing_on_standard_output(
-    reds: list[str], data: bytes, why: bytes
-) -> None:
+def test_an_invalid_photo_on_stdin_exits_with_1_and_empty_stdout(reds: list[str], data: bytes, why: bytes) -> None:
     done = piped(data, "infer", "-", *reds[2:4])
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.startswith(b"petseg: standard input: " + why)
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_behind_stdout_exits_with_6(reds: list[str], tmp_path: Path) -> None:
     data = (tmp_path / "photos" / "0.png").read_bytes()
     with Path("/dev/full").open("wb") as full:
         done = piped(data, "infer", "-", *reds[2:4], capture_output=False, stdout=full, stderr=subprocess.PIPE)
@@ -114,13 +112,13 @@ def test_a_full_disk_behind_standard_output_is_6(reds: list[str], tmp_path: Path
         (">&-", 6, "petseg: standard output is closed; give a folder with --output\n"),
     ],
 )
-def test_a_closed_standard_stream_is_told_in_one_line(closed: str, code: int, said: str) -> None:
+def test_a_closed_standard_stream_is_a_one_line_error(closed: str, code: int, said: str) -> None:
     shell = ["sh", "-c", f'exec "$0" -m petseg.cli infer - {closed}', sys.executable]
     done = subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_a_closed_standard_error_is_no_reason_to_stop(reds: list[str], tmp_path: Path) -> None:
+def test_a_closed_stderr_does_not_stop_the_run(reds: list[str], tmp_path: Path) -> None:
     """As in some services: without standard error there is no progress bar, and nothing else changes."""
     command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
@@ -136,7 +134,7 @@ class Stdin:
         self.buffer = io.BytesIO(data)
 
 
-def test_with_an_output_standard_input_becomes_a_file(
+def test_stdin_with_an_output_folder_writes_a_file(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = (tmp_path / "photos" / "0.png").read_bytes()
@@ -153,7 +151,7 @@ def test_with_an_output_standard_input_becomes_a_file(
 
 
 @pytest.mark.parametrize("options", [["--json"], ["--resume"], ["--as", "coco-rle"]], ids=" ".join)
-def test_what_needs_a_folder_is_2_on_standard_output(
+def test_options_that_need_a_folder_exit_with_2_on_stdout(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)  # standard input is not even read
@@ -163,9 +161,7 @@ def test_what_needs_a_folder_is_2_on_standard_output(
     assert "give a folder with --output" in err
 
 
-def test_a_file_that_is_called_like_standard_input_is_read(
-    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_named_like_stdin_is_read(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (30, 20), "red").save(tmp_path / "-", "png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", None)
@@ -175,16 +171,16 @@ def test_a_file_that_is_called_like_standard_input_is_read(
     assert files(tmp_path / "out") == {"-.png"}
 
 
-def test_standard_input_twice_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdin_given_twice_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["infer", "-", "-", "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "petseg: standard input (-) can be given only once\n"
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------- pipes that close, and Ctrl-C
+# ---------------------------------------------------------------------------------- broken pipes and Ctrl-C
 
 
-def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: Path) -> None:
+def test_a_broken_pipe_gives_no_traceback_and_leaves_no_partial_file(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(100):
@@ -203,7 +199,7 @@ def test_a_reader_that_goes_away_gets_no_traceback_and_leaves_no_part(tmp_path: 
     assert parts(tmp_path) == []
 
 
-def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_leaves_only_complete_results(tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     for index in range(300):
@@ -230,7 +226,7 @@ def test_ctrl_c_ends_with_130_and_leaves_only_whole_results(tmp_path: Path) -> N
             picture.load()
 
 
-def test_a_closed_terminal_leaves_whole_results_and_nothing_half_written(tmp_path: Path) -> None:
+def test_a_closed_terminal_leaves_only_complete_results(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()

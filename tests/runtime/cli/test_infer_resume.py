@@ -18,7 +18,7 @@ from petseg_runtime.journal import JOURNAL, Journal
 Toy: TypeAlias = Callable[..., Any]
 
 
-def test_a_run_that_goes_on_says_what_was_there_already(
+def test_a_resumed_run_reports_existing_results(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -34,13 +34,13 @@ def test_a_run_that_goes_on_says_what_was_there_already(
     assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
 
 
-def test_where_some_were_there_already_a_failure_is_3(reds: list[str], tmp_path: Path) -> None:
+def test_a_failure_after_earlier_results_exits_with_3(reds: list[str], tmp_path: Path) -> None:
     assert run([*reds, str(tmp_path / "out")]) == 0
     (tmp_path / "photos" / "1.png").write_bytes(b"no photo any more")
     assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
 
 
-def test_a_run_goes_on_however_its_folder_is_spelled(
+def test_a_run_resumes_however_its_folder_is_spelled(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And a note is printed if the journal has no result for the photos."""
@@ -79,7 +79,7 @@ def test_a_run_goes_on_however_its_folder_is_spelled(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
+def test_resuming_with_other_settings_exits_with_6_and_changes_nothing(
     reds: list[str],
     toy: Toy,
     tmp_path: Path,
@@ -104,7 +104,7 @@ def test_another_run_than_the_one_that_was_stopped_is_6_and_changes_nothing(
     assert run([*command, "--resume"]) == 0
 
 
-def test_what_means_the_same_is_no_other_run(
+def test_equivalent_options_resume_the_same_run(
     photo: Path, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_what_means_the_same_is_no_other_run(
     assert run([*command, "--resume", "--background", "beach.png"]) == 6
 
 
-def test_a_video_that_has_come_since_is_no_other_run(
+def test_a_video_added_later_does_not_prevent_resuming(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("av")
@@ -131,7 +131,7 @@ def test_a_video_that_has_come_since_is_no_other_run(
     assert "clip.mp4" in capsys.readouterr().err
 
 
-def test_a_format_of_videos_counts_where_there_are_some(
+def test_the_video_format_matters_only_with_videos(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("av")
@@ -144,19 +144,19 @@ def test_a_format_of_videos_counts_where_there_are_some(
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
 
 
-def test_more_or_fewer_threads_are_no_other_run(reds: list[str], tmp_path: Path) -> None:
+def test_the_number_of_threads_does_not_prevent_resuming(reds: list[str], tmp_path: Path) -> None:
     for threads in ("1", "2"):
         assert run([*reds, str(tmp_path / "out"), "--resume", "--threads", threads]) == 0
 
 
-def test_one_photo_leaves_no_journal_unless_it_may_be_resumed(photo: Path, tmp_path: Path) -> None:
+def test_a_single_photo_leaves_no_journal_without_resume(photo: Path, tmp_path: Path) -> None:
     assert run(["infer", str(photo), "--output", str(tmp_path / "out")]) == 0
     assert files(tmp_path / "out") == {"cat.png"}
     assert run(["infer", str(photo), "--output", str(tmp_path / "out"), "--resume"]) == 0
     assert files(tmp_path / "out") == {"cat.png", JOURNAL}
 
 
-def test_beside_an_active_run_another_may_begin_but_none_may_go_on(
+def test_during_an_active_run_another_can_start_but_not_resume(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -168,7 +168,7 @@ def test_beside_an_active_run_another_may_begin_but_none_may_go_on(
         assert capsys.readouterr().err == f"petseg: {out}: another run is writing there; wait for it, or stop it\n"
 
 
-def test_going_on_beside_the_photos_replaces_only_what_a_run_wrote(
+def test_resuming_beside_the_photos_replaces_only_its_own_results(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = tmp_path / "cat.png"

@@ -148,7 +148,7 @@ def mixed(folder: Path, clips: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
+def test_every_file_of_a_mixed_folder_is_accounted_for(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = mixed(tmp_path / "in", clips), tmp_path / "out"
@@ -174,7 +174,7 @@ def test_a_folder_of_photos_and_videos_and_broken_ones_is_answered_for(
 
 
 @pytest.mark.parametrize("pattern", ["*.nothing", None])
-def test_what_cannot_be_looked_into_among_videos_is_no_photo(
+def test_an_unreadable_file_among_videos_is_not_taken_for_a_photo(
     tmp_path: Path,
     clips: Path,
     model: str,
@@ -205,7 +205,7 @@ def test_what_cannot_be_looked_into_among_videos_is_no_photo(
     assert tree(tmp_path / "out") == [JOURNAL, "clip.ndjson"]
 
 
-def test_one_odd_video_does_not_end_a_folder(
+def test_one_bad_video_does_not_stop_a_folder(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
@@ -220,7 +220,9 @@ def test_one_odd_video_does_not_end_a_folder(
         assert json.loads(line)["name"] in ("0", "b"), "--resume tries it again"
 
 
-def test_a_background_is_decoded_once(tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_is_decoded_only_once(
+    tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoded: list[Any] = []
     real = images.read
     monkeypatch.setattr(images, "read", lambda source: decoded.append(source) or real(source))
@@ -236,7 +238,7 @@ def test_a_background_is_decoded_once(tmp_path: Path, clips: Path, model: str, m
     assert tree(tmp_path / "out") == [JOURNAL, "a.mp4", "b.mp4", "photo.jpg"]
 
 
-def test_places_of_many_videos_and_photos_are_checked_without_comparing_all_with_all(tmp_path: Path) -> None:
+def test_output_path_checks_of_many_files_are_not_pairwise(tmp_path: Path) -> None:
     """Pairwise comparison would take minutes."""
     count = 30_000
     origins = [Origin(f"in/{n}.mp4", f"in/{n}.mp4", PurePath(f"{n}")) for n in range(count)]
@@ -251,7 +253,7 @@ def test_places_of_many_videos_and_photos_are_checked_without_comparing_all_with
         infer_video.check_places(output, origins, photos, resume=False)
 
 
-def test_all_failed_is_1(tmp_path: Path, clips: Path, model: str) -> None:
+def test_full_failure_exits_with_1(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(clips / "cut.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
     assert frames_in(tmp_path / "cut.mp4") > 20
     assert infer(tmp_path / "nowhere" / "none.mp4", "--model", model, "--output", tmp_path, "--as", "mask") == 1
@@ -269,7 +271,7 @@ def spoil(path: Path, damaged: range) -> Path:
     return path
 
 
-def test_a_damaged_video_has_failed_is_written_as_far_as_can_be_and_is_tried_again(
+def test_a_damaged_video_fails_is_partly_written_and_retried(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
@@ -290,7 +292,7 @@ def test_a_damaged_video_has_failed_is_written_as_far_as_can_be_and_is_tried_aga
     assert frames_in(out / "bad.mp4") == 20
 
 
-def test_damage_behind_what_is_taken_is_none(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_beyond_max_frames_is_ignored(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     clip = spoil(write_clip(tmp_path / "clip.mp4", 40), range(10, 20))
     options = ["--as", "mask", "--model", model, "--output", tmp_path / "out"]
     assert infer(clip, *options, "--max-frames", 5) == 0
@@ -298,7 +300,7 @@ def test_damage_behind_what_is_taken_is_none(tmp_path: Path, model: str, capsys:
     assert "packets could not be decoded; the rest was written" in capsys.readouterr().err
 
 
-def test_frames_that_cannot_be_converted_are_told(
+def test_frames_that_cannot_be_converted_are_reported(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pixels(frame: Any, *size: Any) -> Any:
@@ -317,7 +319,7 @@ def test_frames_that_cannot_be_converted_are_told(
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "avi"])
-def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
+def test_a_truncated_video_fails_and_its_frames_are_written(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
     clip = write_clip(tmp_path / f"clip.{suffix}", 200, sound="aac" if suffix == "mkv" else None)
@@ -331,7 +333,7 @@ def test_a_video_that_is_cut_short_has_failed_and_what_it_holds_is_written(
     assert infer(clip, *options, "--stride", 3) == 1
 
 
-def test_a_name_that_is_too_long_is_counted_and_passed_over(
+def test_a_name_that_is_too_long_is_counted_as_a_failure(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, good = "a" * 300 + ".mp4", clips / "short.mp4"
@@ -343,7 +345,7 @@ def test_a_name_that_is_too_long_is_counted_and_passed_over(
         assert events(out)[-1]["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
 
 
-def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path, clips: Path, model: str) -> None:
+def test_an_output_inside_the_source_is_not_read_again(tmp_path: Path, clips: Path, model: str) -> None:
     shutil.copy(clips / "short.mp4", tmp_path / "clip.mov")
     for _ in range(2):
         assert infer(tmp_path, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
@@ -360,7 +362,7 @@ def test_the_output_may_lie_in_the_source_which_is_not_read_again(tmp_path: Path
         (["--as", "mask", "--format", "png"], "clip/000000.png", "already exists beside the videos"),
     ],
 )
-def test_a_result_never_replaces_what_lies_beside_the_source(
+def test_a_result_never_replaces_files_beside_the_source(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], options: list[str], there: str | None, said: str
 ) -> None:
     clip = tmp_path / "clip.mp4"
@@ -374,7 +376,7 @@ def test_a_result_never_replaces_what_lies_beside_the_source(
     assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
 
 
-def test_a_videos_pictures_are_not_mixed_with_those_of_photos(
+def test_a_videos_pictures_are_not_mixed_with_photo_results(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in"
@@ -386,7 +388,7 @@ def test_a_videos_pictures_are_not_mixed_with_those_of_photos(
     assert tree(tmp_path / "out") == []
 
 
-def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Path, model: str) -> None:
+def test_a_frame_size_change_never_replaces_another_result(tmp_path: Path, model: str) -> None:
     source = tmp_path / "in"
     write_clip(source / "clip-2.mp4", 5, sound=None)
     small, large = (
@@ -410,7 +412,7 @@ def test_frames_that_change_their_size_never_replace_another_result(tmp_path: Pa
         (["--as", "overlay", "--format", "webp"], "--as overlay of a video cannot be written as webp", "photo.webp"),
     ],
 )
-def test_videos_that_are_found_beside_photos_are_passed_over_where_they_cannot_become_what_is_asked(
+def test_videos_found_beside_photos_are_skipped_if_the_kind_is_unsupported(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], asked: list[str], why: str, result: str
 ) -> None:
     """As beside Live Photos; a video given by name is an error, and so are videos alone."""
@@ -435,7 +437,7 @@ SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_ends_a_long_file_in_order(
+def test_a_signal_stops_a_long_file_cleanly(
     tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
 ) -> None:
     command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
@@ -455,7 +457,7 @@ def test_a_signal_ends_a_long_file_in_order(
     assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
 
 
-def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, clips: Path, model: str) -> None:
+def test_a_closed_terminal_stops_a_long_file_cleanly(tmp_path: Path, clips: Path, model: str) -> None:
     mine, theirs = pty.openpty()
     # The terminal becomes the controlling terminal of the process, as after a login.
     program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from petseg.cli import main; main()"
@@ -472,7 +474,7 @@ def test_a_terminal_that_is_closed_ends_a_long_file_in_order(tmp_path: Path, cli
     assert frames_in(tmp_path / "long.mp4") >= 5
 
 
-def test_photos_and_videos_are_told_apart_without_comparing_all_with_all(
+def test_separating_photos_from_videos_is_not_pairwise(
     tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compare(item: Item, other: object) -> bool:
@@ -487,9 +489,7 @@ def test_photos_and_videos_are_told_apart_without_comparing_all_with_all(
     assert tree(tmp_path / "out") == [JOURNAL, "clip.mp4", "photo.png"]
 
 
-def test_photos_that_are_stopped_take_the_videos_with_them(
-    tmp_path: Path, clips: Path, start: Callable[..., Command]
-) -> None:
+def test_a_signal_during_photos_skips_the_videos(tmp_path: Path, clips: Path, start: Callable[..., Command]) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for number in range(300):
@@ -505,7 +505,7 @@ def test_photos_that_are_stopped_take_the_videos_with_them(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_second_signal_ends_it_at_once_and_leaves_nothing(
+def test_a_second_signal_exits_immediately_and_leaves_nothing(
     tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
 ) -> None:
     command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
@@ -528,7 +528,7 @@ CAMERA = "lavfi:testsrc=size=64x48:rate=50,realtime"
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("live", [True, False], ids=["live", "file"])
-def test_the_second_signal_ends_it_at_once_though_nobody_reads_what_it_says(
+def test_a_second_signal_exits_immediately_with_blocked_output(
     tmp_path: Path, clips: Path, start: Callable[..., Command], live: bool, number: int, code: int
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -577,7 +577,7 @@ main()
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
+def test_a_duplicate_signal_counts_once(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
     program = TWICE.format(number=int(number))
     words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model, "--json"]
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60)
@@ -587,7 +587,7 @@ def test_a_signal_that_is_sent_twice_is_one(tmp_path: Path, clips: Path, model: 
     assert frames_in(tmp_path / "long.mp4") == video["written"] >= 5
 
 
-def test_a_run_that_was_killed_is_resumed(
+def test_a_killed_run_is_resumed(
     tmp_path: Path, clips: Path, model: str, start: Callable[..., Command], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
@@ -617,7 +617,7 @@ def test_a_run_that_was_killed_is_resumed(
     assert [frames_in(out / name) for name in ("a/one.mp4", "b/two.mp4", "b/three.mp4")] == [20, 1500, 20]
 
 
-def test_a_folder_of_pictures_that_is_gone_is_made_again(
+def test_a_deleted_picture_folder_is_recreated(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model, "--json", "--resume"]
@@ -629,7 +629,7 @@ def test_a_folder_of_pictures_that_is_gone_is_made_again(
             shutil.rmtree(tmp_path / "short")
 
 
-def test_a_shorter_run_leaves_no_pictures_of_a_longer_one(tmp_path: Path, clips: Path, model: str) -> None:
+def test_a_shorter_run_removes_pictures_of_a_longer_one(tmp_path: Path, clips: Path, model: str) -> None:
     options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
     assert infer(clips / "short.mp4", *options) == 0
     (tmp_path / "short" / "notes.txt").write_text("mine")
@@ -638,7 +638,7 @@ def test_a_shorter_run_leaves_no_pictures_of_a_longer_one(tmp_path: Path, clips:
 
 
 @pytest.mark.parametrize("options", [["--as", "mask", "--format", "png"], ["--as", "overlay", "--segment", 0.2]])
-def test_numbered_files_that_are_not_petsegs_are_never_touched(
+def test_foreign_numbered_files_are_never_touched(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], options: list[Any]
 ) -> None:
     (tmp_path / "short").mkdir()
@@ -650,7 +650,7 @@ def test_numbered_files_that_are_not_petsegs_are_never_touched(
     assert {path.name: path.read_text() for path in (tmp_path / "short").iterdir()} == dict.fromkeys(mine, "mine")
 
 
-def test_other_numbers_in_a_folder_of_petsegs_stay(tmp_path: Path, clips: Path, model: str) -> None:
+def test_other_numbered_files_in_a_petseg_folder_stay(tmp_path: Path, clips: Path, model: str) -> None:
     options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
     assert infer(clips / "short.mp4", *options) == 0
     for name in ("999.png", "20240512.png"):
@@ -659,7 +659,7 @@ def test_other_numbers_in_a_folder_of_petsegs_stay(tmp_path: Path, clips: Path, 
     assert tree(tmp_path / "short") == ["000000.png", "20240512.png", "999.png"]
 
 
-def test_numbered_files_never_go_among_the_sources(
+def test_numbered_files_are_never_written_among_the_sources(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model]
@@ -670,7 +670,7 @@ def test_numbered_files_never_go_among_the_sources(
     assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
-def test_pieces_of_a_longer_run_are_gone_too(tmp_path: Path, clips: Path, model: str) -> None:
+def test_segments_of_a_longer_run_are_removed(tmp_path: Path, clips: Path, model: str) -> None:
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment"]
     assert infer(clips / "short.mp4", *options, 0.2) == 0
     assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4", "0003.mp4", "0004.mp4"]
@@ -691,7 +691,7 @@ def assert_full(command: Command, out: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("overlay", "long.mp4"), ("lines", "long.ndjson")])
-def test_a_full_disk_is_6_and_leaves_no_part(
+def test_a_full_disk_exits_with_6_and_leaves_no_partial_file(
     tmp_path: Path, clips: Path, start: Callable[..., Command], kind: str, name: str
 ) -> None:
     def limit() -> None:
@@ -704,7 +704,7 @@ def test_a_full_disk_is_6_and_leaves_no_part(
     assert (tmp_path / "out").is_dir(), "it had started"
 
 
-def test_a_disk_that_fills_up_keeps_the_pictures_that_are_whole(
+def test_a_disk_filling_up_keeps_complete_pictures(
     tmp_path: Path, clips: Path, model: str, start: Callable[..., Command]
 ) -> None:
     options = [clips / "short.mp4", "--as", "cutout", "--format", "png", "--output"]
@@ -723,7 +723,7 @@ def test_a_disk_that_fills_up_keeps_the_pictures_that_are_whole(
     assert tree(out) == whole
 
 
-def test_a_folder_that_cannot_be_written_to_is_6(
+def test_an_unwritable_folder_exits_with_6(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -731,7 +731,7 @@ def test_a_folder_that_cannot_be_written_to_is_6(
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_an_output_for_several_videos_that_is_a_file_is_6(
+def test_a_file_as_output_for_several_videos_exits_with_6(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -744,7 +744,7 @@ def test_an_output_for_several_videos_that_is_a_file_is_6(
 # ---------------------------------------------------------------------------------------------------- pipes
 
 
-def test_raw_frames_come_out_of_a_pipe_as_they_are_in_pictures(
+def test_raw_frames_on_a_pipe_match_the_pictures(
     tmp_path: Path, clips: Path, model: str, start: Callable[..., Command]
 ) -> None:
     for kind, channels in (("mask", ()), ("overlay", (3,)), ("cutout", (4,))):
@@ -759,7 +759,7 @@ def test_raw_frames_come_out_of_a_pipe_as_they_are_in_pictures(
         assert b"20 frames" in err  # type: ignore[operator]
 
 
-def test_a_video_comes_and_goes_through_pipes(tmp_path: Path, clips: Path, start: Callable[..., Command]) -> None:
+def test_a_video_is_piped_through_stdin_and_stdout(tmp_path: Path, clips: Path, start: Callable[..., Command]) -> None:
     with (clips / "whole.ts").open("rb") as source:
         out, _ = start("-", "--as", "mask", "-q", stdin=source, text=False).process.communicate(timeout=60)
     assert len(out) == 100 * HEIGHT * WIDTH
@@ -771,7 +771,7 @@ def test_a_video_comes_and_goes_through_pipes(tmp_path: Path, clips: Path, start
 
 
 @pytest.mark.parametrize("source", ["long.mp4", "lavfi:testsrc=size=64x48:rate=25"])
-def test_a_reader_that_goes_away_is_no_error_of_ours(clips: Path, start: Callable[..., Command], source: str) -> None:
+def test_a_broken_pipe_is_not_reported_as_an_error(clips: Path, start: Callable[..., Command], source: str) -> None:
     given = source if ":" in source else clips / source
     process = start(given, "--as", "overlay", "--output", "-", text=False).process
     assert process.stdout
@@ -784,12 +784,12 @@ def test_a_reader_that_goes_away_is_no_error_of_ours(clips: Path, start: Callabl
     assert process.returncode == 1
 
 
-# ------------------------------------------------------------------------------------------- what is told
+# ------------------------------------------------------------------------------------- reports and events
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists the threads of a process")
 @pytest.mark.parametrize("kind", ["overlay", "cutout"])
-def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
+def test_one_thread_means_one_per_concurrent_step(
     tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Python's threads: the decoder's, the engine's, and the writer's. FFmpeg and the engine start none."""
@@ -813,7 +813,7 @@ def test_one_thread_is_one_for_each_step_that_works_at_the_same_time(
         seen.clear()
 
 
-def test_lines_are_a_file_of_json(tmp_path: Path, clips: Path, model: str) -> None:
+def test_json_lines_are_written_to_a_file(tmp_path: Path, clips: Path, model: str) -> None:
     assert infer(clips / "short.mp4", "--as", "lines", "--output", tmp_path, "--model", model) == 0
     lines = [json.loads(line) for line in (tmp_path / "short.ndjson").read_text().splitlines()]
     assert infer(clips / "short.mp4", "--as", "mask", "--format", "png", "--output", tmp_path, "--model", model) == 0
@@ -860,13 +860,13 @@ def test_events_of_a_stream_account_for_every_frame(
     numbers = [event["number"] for event in frames]
     assert len(numbers) == video["written"]
     assert numbers == sorted(set(numbers))
-    assert numbers[-1] == 29, "the newest is never dropped"
+    assert numbers[-1] == 29, "the newest frame is never dropped"
     assert all(event["latency"] >= 0 for event in frames)
     (file,) = video["paths"]
     assert frames_in(Path(file)) == video["written"]
 
 
-def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
+def test_sources_displayed_alike_have_separate_names_and_statistics(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
@@ -900,7 +900,7 @@ def test_sources_that_are_shown_alike_have_names_and_statistics_of_their_own(
         assert 0 < last["steps"]["write"]["sum"] <= video["steps"]["write"]["sum"]
 
 
-def test_for_people_there_is_a_line_for_each_video_and_a_count(
+def test_text_output_has_a_line_per_video_and_a_count(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "in"
@@ -922,7 +922,7 @@ def test_for_people_there_is_a_line_for_each_video_and_a_count(
 
 
 @pytest.mark.parametrize(("options", "last"), [([], "100%"), (["--max-frames", "30"], "100%")])
-def test_on_a_terminal_there_is_a_bar_with_a_percentage(
+def test_a_terminal_shows_a_bar_with_a_percentage(
     tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str], last: str
 ) -> None:
     terminal, theirs = pty.openpty()
@@ -939,7 +939,7 @@ def test_on_a_terminal_there_is_a_bar_with_a_percentage(
     assert re.search(r"\d+ frames", text)
 
 
-def test_beside_the_bar_every_event_goes_to_standard_output(
+def test_with_a_bar_every_event_still_goes_to_stdout(
     tmp_path: Path, clips: Path, start: Callable[..., Command]
 ) -> None:
     terminal, theirs = pty.openpty()
@@ -955,14 +955,14 @@ def test_beside_the_bar_every_event_goes_to_standard_output(
     assert [event["event"] for event in events(told.read_text())] == ["frame"] * 20 + ["video", "summary"]
 
 
-def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Path, model: str) -> None:
+def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, model: str) -> None:
     words = ["infer", clips / "short.mp4", "--as", "mask", "--output", tmp_path, "--model", model]
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "petseg.cli", *map(str, words)]
     assert subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=100).returncode == 0
     assert tree(tmp_path) == ["short.mp4"]
 
 
-# ------------------------------------------------------------------------------------- what does not go together
+# ------------------------------------------------------------------------------------------- conflicting options
 
 
 @pytest.mark.parametrize(
@@ -1007,7 +1007,7 @@ def test_a_closed_standard_error_is_no_reason_to_stop(tmp_path: Path, clips: Pat
         (["{clip}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
+def test_conflicting_options_are_rejected_before_loading_anything(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str
 ) -> None:
     places = {"photo": tmp_path / "photo.png", "clip": clips / "short.mp4"}
@@ -1023,7 +1023,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_start_beyond_the_end_is_told(
+def test_a_start_beyond_the_end_is_reported(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -1032,7 +1032,7 @@ def test_a_start_beyond_the_end_is_told(
     assert not out.exists()
 
 
-def test_a_start_at_the_beginning_passes_over_nothing(tmp_path: Path, clips: Path, model: str) -> None:
+def test_a_start_at_the_beginning_skips_nothing(tmp_path: Path, clips: Path, model: str) -> None:
     pictures = ("--as", "mask", "--format", "png", "--model", model)
     assert infer(clips / "short.mp4", "--start", 0, "--output", tmp_path / "from", *pictures) == 0
     assert infer(clips / "short.mp4", "--output", tmp_path / "whole", *pictures) == 0
@@ -1050,10 +1050,10 @@ def test_photos_need_no_video_library(tmp_path: Path, model: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
-# ------------------------------------------------------------------------------------------------ an end that is none
+# --------------------------------------------------------------------------------------------- live sources that fail
 
 
-def test_lines_of_a_stream_come_in_pieces_that_are_numbered_on(
+def test_a_streams_json_lines_are_segmented_with_continued_numbers(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block", "--json"]
@@ -1066,7 +1066,7 @@ def test_lines_of_a_stream_come_in_pieces_that_are_numbered_on(
     assert sizes == [25, 25, 10] * 2
 
 
-def test_lines_of_a_video_come_in_pieces(tmp_path: Path, clips: Path, model: str) -> None:
+def test_a_videos_json_lines_can_be_segmented(tmp_path: Path, clips: Path, model: str) -> None:
     options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment"]
     assert infer(clips / "short.mp4", *options, 0.2) == 0
     assert tree(tmp_path / "short") == [f"000{number}.ndjson" for number in range(1, 5)]
@@ -1075,7 +1075,7 @@ def test_lines_of_a_video_come_in_pieces(tmp_path: Path, clips: Path, model: str
 
 
 @needs_ffmpeg
-def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
+def test_a_streams_segments_continue_numbering_and_replace_nothing(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block"]
@@ -1092,7 +1092,7 @@ def test_pieces_of_a_stream_are_numbered_on_and_replace_nothing(
         assert frames_in(path) == frames
 
 
-def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_on(
+def test_a_live_source_with_a_failing_output_is_reported_immediately_and_others_continue(
     tmp_path: Path, start: Callable[..., Command]
 ) -> None:
     """The output folder of the second source is a file; the first continues until it is stopped."""
@@ -1122,7 +1122,7 @@ def test_a_live_source_that_cannot_be_written_is_told_at_once_and_the_others_go_
     ],
     ids=["refused", "given up"],
 )
-def test_that_a_live_source_failed_is_not_hidden_by_the_signal_that_ends_the_others(
+def test_a_live_sources_failure_outweighs_the_signal_exit_code(
     tmp_path: Path, start: Callable[..., Command], failing: str, reason: str
 ) -> None:
     good = "lavfi:testsrc=size=64x48:rate=25,realtime"
@@ -1139,7 +1139,7 @@ def test_that_a_live_source_failed_is_not_hidden_by_the_signal_that_ends_the_oth
 
 
 @pytest.mark.parametrize("opens", [True, False])
-def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
+def test_a_live_source_whose_end_cannot_be_reported_is_counted_once(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, opens: bool
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
@@ -1161,7 +1161,7 @@ def test_a_live_source_whose_end_cannot_be_told_is_counted_once(
 
 
 @pytest.mark.parametrize("policy", ["block", "latest"])
-def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
+def test_a_live_source_that_fails_midway_reports_what_was_written(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     def write(sink: Any, frame: Any, result: Any) -> None:
@@ -1188,7 +1188,7 @@ def test_a_live_source_that_fails_on_the_way_says_what_it_has_written(
     assert summary["videos"] == {"count": 2, "done": 1, "failed": 1, "stopped": 0, "skipped": 0}
 
 
-def test_a_defect_in_one_live_source_is_told_at_once_and_raised_at_the_end(
+def test_an_internal_error_in_one_live_source_is_reported_immediately_and_raised_at_the_end(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(movie.MovieSink, "write", lambda *_: {}["none"])

@@ -26,7 +26,7 @@ Toy: TypeAlias = Callable[..., Any]
 
 
 @pytest.mark.parametrize("kept", ["edge.onnx", "edge.onnx.parity.npz"])
-def test_a_verification_never_writes_over_the_model(
+def test_a_verification_never_overwrites_the_model(
     kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("edge.onnx", "edge.onnx.parity.npz"):
@@ -37,14 +37,14 @@ def test_a_verification_never_writes_over_the_model(
     assert (tmp_path / kept).read_bytes() == before
 
 
-def test_a_result_that_cannot_be_written_is_told_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_result_is_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--output", "/proc/nowhere.json"]) == 6
     out, err = capsys.readouterr()
     assert "passed" in out
     assert "--output" in err
 
 
-def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_a_model_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", str(default_model())]) == 0
     out = capsys.readouterr().out
     artifact = open_artifact(default_model())
@@ -60,7 +60,7 @@ def test_info_tells_people_what_a_model_is(capsys: pytest.CaptureFixture[str]) -
         assert told in out
 
 
-def test_info_says_by_which_rule_a_pet_is_found(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_rule_for_finding_a_pet(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for share, said in (
         (0.25, "at least 25 % of the pixels with a probability of 0.5 or more reach 0.98, and the mask is not empty"),
         (None, "the mask is not empty (no rule was chosen for this model)"),
@@ -69,7 +69,7 @@ def test_info_says_by_which_rule_a_pet_is_found(toy: Toy, tmp_path: Path, capsys
         assert f"a pet is found where  {said}\n" in capsys.readouterr().out
 
 
-def test_info_tells_programs_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_json_contains_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", str(default_model()), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     artifact = open_artifact(default_model())
@@ -82,7 +82,9 @@ def test_info_tells_programs_everything(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_info_on_what_is_no_model_is_4(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+def test_info_on_a_file_that_is_not_a_model_exits_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(bytes(range(256)) * 20)
     for path in (garbage, CHELSEA, tmp_path, tmp_path / "missing.onnx"):
@@ -93,9 +95,7 @@ def test_info_on_what_is_no_model_is_4(tmp_path: Path, capsys: pytest.CaptureFix
         assert len(err.splitlines()) == 1
 
 
-def test_info_on_a_compiled_model_tells_what_it_was_built_for(
-    toy_ir: Artifact, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_on_a_compiled_model_shows_its_target(toy_ir: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info", str(toy_ir.path)]) == 0
     out = capsys.readouterr().out
     weights = toy_ir.path.with_suffix(".bin")
@@ -118,7 +118,7 @@ def test_info_on_a_compiled_model_tells_what_it_was_built_for(
 
 
 @pytest.mark.parametrize("missing", [".xml.json", ".bin"])
-def test_info_on_a_compiled_model_without_its_other_files_is_4(
+def test_info_on_an_incomplete_compiled_model_exits_with_4(
     toy_ir: Artifact, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
     toy_ir.path.with_suffix(missing).unlink()
@@ -129,7 +129,7 @@ def test_info_on_a_compiled_model_without_its_other_files_is_4(
     assert len(err.splitlines()) == 1
 
 
-def test_info_says_that_a_size_is_free_and_what_a_file_is_stored_in(
+def test_info_shows_dynamic_size_and_stored_precision(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["info", str(toy(tmp_path / "toy.onnx", dynamic_size=True, precision="fp16").path)]) == 0
@@ -138,7 +138,7 @@ def test_info_says_that_a_size_is_free_and_what_a_file_is_stored_in(
     assert "onnx, fp16, opset 20" in out
 
 
-def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verifying_a_matching_file_exits_with_0(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     before = proven.path.read_bytes()
     assert run(["verify", str(proven.path), *IN_ONNXRUNTIME]) == 0
     out, err = capsys.readouterr()
@@ -157,7 +157,7 @@ def test_a_file_that_does_what_its_checkpoint_does_is_0(proven: Artifact, capsys
     assert files(proven.path.parent) == {"toy.onnx", "toy.onnx.parity.npz", "toy.onnx.verified.json"}
 
 
-def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
+def test_verifying_a_differing_file_exits_with_10_and_saves_the_result(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tampered(proven)
@@ -174,7 +174,7 @@ def test_a_file_that_does_something_else_is_10_and_the_result_is_kept(
     assert "verified here  smoke, 4 photos, FAILED" in capsys.readouterr().out
 
 
-def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_of_verify_is_only_the_receipt(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(proven.path), "--json", *IN_ONNXRUNTIME]) == 0
     good = json.loads(capsys.readouterr().out)
     assert good == json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))
@@ -195,7 +195,7 @@ def test_as_json_the_receipt_is_all_there_is_on_stdout(proven: Artifact, capsys:
     assert err.startswith("petseg: f32 in onnxruntime")
 
 
-def test_quiet_verifying_says_only_what_failed(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_verify_prints_only_failures(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(proven.path), "-q"]) == 0
     assert capsys.readouterr() == ("", "")
     tampered(proven)
@@ -205,7 +205,7 @@ def test_quiet_verifying_says_only_what_failed(proven: Artifact, capsys: pytest.
     assert err
 
 
-def test_without_a_proof_there_is_nothing_to_verify_and_nothing_is_written(
+def test_without_a_parity_record_nothing_is_verified_or_written(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proof_of(proven.path).unlink()
@@ -217,7 +217,7 @@ def test_without_a_proof_there_is_nothing_to_verify_and_nothing_is_written(
     assert files(proven.path.parent) == {"toy.onnx"}
 
 
-def test_a_damaged_proof_is_4(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_parity_record_exits_with_4(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     path = proof_of(proven.path)
     path.write_bytes(path.read_bytes()[:-99])
     assert run(["verify", str(proven.path)]) == 4
@@ -225,7 +225,7 @@ def test_a_damaged_proof_is_4(proven: Artifact, capsys: pytest.CaptureFixture[st
     assert not sidecar_of(proven.path).exists()
 
 
-def test_the_proof_of_another_model_is_4(
+def test_another_models_parity_record_exits_with_4(
     proven: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = dataclasses.replace(prove(proven.spec), checkpoint_sha256="ab" * 32)
@@ -234,7 +234,7 @@ def test_the_proof_of_another_model_is_4(
     assert "another model" in capsys.readouterr().err
 
 
-def test_the_proof_may_lie_elsewhere(proven: Artifact, tmp_path: Path) -> None:
+def test_the_parity_record_can_be_elsewhere(proven: Artifact, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     proof = proof_of(proven.path).rename(tmp_path / "far" / "proof.npz")
     assert run(["verify", str(proven.path), "-q", "--proof", str(proof)]) == 0
@@ -242,7 +242,7 @@ def test_the_proof_may_lie_elsewhere(proven: Artifact, tmp_path: Path) -> None:
     assert run(["verify", str(proven.path), "-q", "--proof", str(tampered_proof)]) == 4
 
 
-def test_the_result_may_go_elsewhere(proven: Artifact, tmp_path: Path) -> None:
+def test_the_result_can_be_written_elsewhere(proven: Artifact, tmp_path: Path) -> None:
     result = tmp_path / "results" / "a.json"
     assert run(["verify", str(proven.path), "-q", "--output", str(result)]) == 0
     assert json.loads(result.read_text(encoding="utf-8"))["passed"] is True
@@ -250,7 +250,7 @@ def test_the_result_may_go_elsewhere(proven: Artifact, tmp_path: Path) -> None:
     assert files(result.parent) == {"a.json"}
 
 
-def test_a_file_that_does_something_else_is_10_though_the_result_cannot_be_written(
+def test_a_differing_file_exits_with_10_even_if_the_result_is_unwritable(
     proven: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tampered(proven)
@@ -259,12 +259,12 @@ def test_a_file_that_does_something_else_is_10_though_the_result_cannot_be_writt
     assert f"petseg: {sidecar_of(proven.path)}: cannot be written" in capsys.readouterr().err
 
 
-def test_without_a_name_the_model_that_ships_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_argument_info_describes_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["info"]) == 0
     assert open_artifact(default_model()).identity in capsys.readouterr().out
 
 
-def test_verifying_tells_of_an_engine_that_was_passed_over(
+def test_verify_reports_a_skipped_engine(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise, a script would take exit code 0 as a verification of the GPU."""
@@ -284,9 +284,7 @@ def test_verifying_tells_of_an_engine_that_was_passed_over(
     assert [row["notes"] for row in json.loads(out)["rows"]] == [["cuda is broken"]]
 
 
-def test_a_file_that_is_not_what_its_receipt_certifies_is_4(
-    proven: Artifact, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_contradicts_its_receipt_exits_with_4(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights with a lost flash page: the model loads and runs, but finds nothing."""
     metadata = onnx_metadata.read(proven.path).metadata
     receipt = json.dumps({"identity": proven.identity, "rows": []})
@@ -301,7 +299,7 @@ def test_a_file_that_is_not_what_its_receipt_certifies_is_4(
         assert f"petseg: {proven.path}: damaged, or changed since" in capsys.readouterr().err
 
 
-def test_a_proof_of_this_checkpoint_that_is_not_this_files_is_4_unless_it_is_named(
+def test_a_parity_record_of_another_export_exits_with_4_unless_given_explicitly(
     proven: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
     metadata = onnx_metadata.read(proven.path).metadata
@@ -314,9 +312,7 @@ def test_a_proof_of_this_checkpoint_that_is_not_this_files_is_4_unless_it_is_nam
     assert run(["verify", str(proven.path), "-q"]) == 0
 
 
-def test_what_a_model_says_of_itself_does_not_reach_the_terminal_as_it_is(
-    proven: Artifact, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_models_metadata_is_escaped_on_the_terminal(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     metadata = onnx_metadata.read(proven.path).metadata
     spoilt = {key: text.replace("toy", "\\u001b[2Jtoy\\nidentity") for key, text in metadata.items()}
     proven.path.write_bytes(onnx_metadata.with_metadata(proven.path.read_bytes(), spoilt))
@@ -340,7 +336,7 @@ def test_names_in_a_models_metadata_are_escaped_on_the_terminal(
     assert "two\\nlines\\x1b[2J  text\n" in out
 
 
-def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_result_exits_with_6(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     sidecar_of(proven.path).mkdir()
     assert run(["verify", str(proven.path), "-q"]) == 6
     err = capsys.readouterr().err
@@ -352,7 +348,7 @@ def test_a_result_that_cannot_be_written_is_6(proven: Artifact, capsys: pytest.C
     "rows", [[{}], [7], ["passed"], {"a": 1}, "rows", [{"summary": "passed"}]], ids=lambda rows: json.dumps(rows)
 )
 @pytest.mark.parametrize("where", ["receipt", "verified"])
-def test_odd_rows_in_a_receipt_do_not_keep_info_from_its_work(
+def test_malformed_receipt_rows_do_not_break_info(
     proven: Artifact, capsys: pytest.CaptureFixture[str], where: str, rows: object
 ) -> None:
     """Any program may have written them."""
@@ -372,7 +368,7 @@ def test_odd_rows_in_a_receipt_do_not_keep_info_from_its_work(
     assert proven.identity in out or str(proven.path) in err
 
 
-def test_a_model_of_free_size_and_fixed_batch_is_verified_too(
+def test_a_model_with_dynamic_size_and_fixed_batch_is_verified(
     toy: Toy, prove: Callable[..., Proof], tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx", batch=3, dynamic_size=True)
@@ -380,7 +376,7 @@ def test_a_model_of_free_size_and_fixed_batch_is_verified_too(
     assert run(["verify", str(artifact.path), "-q"]) == 0
 
 
-def test_a_compiled_model_is_verified_in_its_own_engine(
+def test_a_compiled_model_is_verified_in_its_engine(
     toy_ir: Artifact, prove: Callable[..., Proof], capsys: pytest.CaptureFixture[str]
 ) -> None:
     proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
@@ -398,7 +394,7 @@ def test_a_compiled_model_is_verified_in_its_own_engine(
     assert "of another file" in capsys.readouterr().out, "what one engine did with the IR says nothing of the ONNX"
 
 
-def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_uses_the_requested_backend(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     for backend in ("onnxruntime", "openvino"):
         assert run(["verify", str(proven.path), "--backend", backend, "--threads", "1", "--json"]) == 0
@@ -415,7 +411,7 @@ def test_the_backend_that_is_asked_for_verifies(proven: Artifact, capsys: pytest
         ("abacus", "unknown engine 'abacus'"),
     ],
 )
-def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(
+def test_an_unavailable_backend_exits_with_5_without_fallback(
     proven: Artifact,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -430,7 +426,7 @@ def test_a_backend_that_cannot_be_had_is_5_and_no_other_steps_in(
     assert not sidecar_of(proven.path).exists()
 
 
-def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_argument_the_bundled_model_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is written beside it."""
     before = files(default_model().parent)
     assert run(["verify"]) == 0
@@ -441,7 +437,7 @@ def test_without_a_file_the_model_that_ships_is_verified(capsys: pytest.CaptureF
     assert files(default_model().parent) == before
 
 
-def test_beside_the_model_that_ships_a_result_is_written_only_where_it_is_told_to_go(
+def test_the_bundled_models_result_is_written_only_to_a_given_path(
     proven: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("petseg_runtime.artifact.default_model", lambda: proven.path)
@@ -454,7 +450,7 @@ def test_beside_the_model_that_ships_a_result_is_written_only_where_it_is_told_t
     assert run(["verify", "-q"]) == 10
 
 
-def test_names_that_would_break_the_line_are_escaped(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_with_control_characters_are_escaped(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     odd = proven.path.with_name("two\nlines.onnx")
     proof_of(proven.path).rename(proof_of(odd))
     proven.path.rename(odd)

@@ -96,13 +96,13 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_batch_of_bytes_gives_as_many_maps_of_bytes(engine: Engine, batch: np.ndarray, count: int) -> None:
+def test_a_uint8_batch_gives_as_many_uint8_maps(engine: Engine, batch: np.ndarray, count: int) -> None:
     result = engine.run(batch[:count])
     assert result.shape == (count, engine.spec.height, engine.spec.width)
     assert result.dtype == np.uint8
 
 
-def test_a_batch_gives_what_its_photos_give_one_by_one(engine: Engine, batch: np.ndarray) -> None:
+def test_a_batch_matches_its_photos_run_one_by_one(engine: Engine, batch: np.ndarray) -> None:
     together = engine.run(batch)
     for photo, result in zip(batch, together, strict=True):
         # Kernels may tile a batch differently, so a byte may be rounded differently, by one.
@@ -110,15 +110,15 @@ def test_a_batch_gives_what_its_photos_give_one_by_one(engine: Engine, batch: np
     assert difference(together[0], together[1]) > 50  # otherwise the comparison above would be meaningless
 
 
-def test_the_graph_gets_the_bytes_in_the_order_of_rgb(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_the_graph_receives_rgb_order(backend: str, toy: Toy, tmp_path: Path) -> None:
     pixels = noise(2, 16, 32)
     for channel in range(3):
         with load_engine(toy(tmp_path / "toy.onnx", channel), backend, threads=1) as engine:
             np.testing.assert_array_equal(engine.run(pixels), pixels[..., channel])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode here")
-def test_a_path_that_is_not_utf8_is_no_obstacle(backend: str, toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode on this system")
+def test_a_model_with_a_non_utf8_path_is_loaded(backend: str, toy: Toy, tmp_path: Path) -> None:
     pixels = noise(2, 16, 32)
     with load_engine(toy(tmp_path / os.fsdecode(b"t\xff.onnx"), 0), backend, threads=1) as engine:
         np.testing.assert_array_equal(engine.run(pixels), pixels[..., 0])
@@ -130,13 +130,13 @@ def test_memory_layout_does_not_matter(engine: Engine, batch: np.ndarray) -> Non
     np.testing.assert_array_equal(engine.run(strided), engine.run(batch))
 
 
-def test_the_input_is_left_as_it_was(engine: Engine, batch: np.ndarray) -> None:
+def test_the_input_is_not_modified(engine: Engine, batch: np.ndarray) -> None:
     before = batch.copy()
     engine.run(batch)
     np.testing.assert_array_equal(batch, before)
 
 
-def test_results_are_the_callers_own(engine: Engine, batch: np.ndarray) -> None:
+def test_results_are_not_shared_buffers(engine: Engine, batch: np.ndarray) -> None:
     first = engine.run(batch[:1])
     kept = first.copy()
     engine.run(255 - batch[:1])
@@ -145,7 +145,7 @@ def test_results_are_the_callers_own(engine: Engine, batch: np.ndarray) -> None:
     np.testing.assert_array_equal(engine.run(batch[:1]), kept)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_both_shapes(engine: Engine) -> None:
+def test_a_batch_of_another_shape_is_rejected_with_both_shapes(engine: Engine) -> None:
     h, w = engine.spec.height, engine.spec.width
     wrong: list[np.ndarray] = [
         np.zeros((1, h, w, 3), np.float32),
@@ -165,7 +165,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_both_shapes(engine: Engine) -
             engine.run(np.zeros((1, *size, 3), np.uint8))
 
 
-def test_eight_threads_get_what_one_gets(engine: Engine, batch: np.ndarray) -> None:
+def test_eight_threads_get_the_same_results_as_one(engine: Engine, batch: np.ndarray) -> None:
     alone = [engine.run(batch[i : i + 1]) for i in range(3)]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: engine.run(batch[i % 3 : i % 3 + 1]), range(24)))
@@ -173,7 +173,7 @@ def test_eight_threads_get_what_one_gets(engine: Engine, batch: np.ndarray) -> N
         assert difference(result, alone[i % 3]) <= 1
 
 
-def test_a_closed_engine_says_so_and_may_be_closed_again(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_a_closed_engine_raises_and_can_be_closed_again(backend: str, toy: Toy, tmp_path: Path) -> None:
     engine = load_engine(toy(tmp_path / "toy.onnx", 0), backend, threads=1)
     engine.close()
     engine.close()
@@ -181,7 +181,7 @@ def test_a_closed_engine_says_so_and_may_be_closed_again(backend: str, toy: Toy,
         engine.run(np.zeros((1, 16, 32, 3), np.uint8))
 
 
-def test_leaving_the_context_closes(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_leaving_the_context_closes_the_engine(backend: str, toy: Toy, tmp_path: Path) -> None:
     engine = load_engine(toy(tmp_path / "toy.onnx", 0), backend, threads=1)
     with engine as entered:
         assert entered is engine
@@ -189,7 +189,7 @@ def test_leaving_the_context_closes(backend: str, toy: Toy, tmp_path: Path) -> N
         engine.run(np.zeros((1, 16, 32, 3), np.uint8))
 
 
-def test_an_error_inside_the_context_closes_it_and_goes_on(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_an_error_inside_the_context_closes_the_engine_and_propagates(backend: str, toy: Toy, tmp_path: Path) -> None:
     engine = load_engine(toy(tmp_path / "toy.onnx", 0), backend, threads=1)
     with pytest.raises(UsageError), engine:
         engine.run(np.zeros((1, 1, 1, 3), np.uint8))
@@ -197,7 +197,7 @@ def test_an_error_inside_the_context_closes_it_and_goes_on(backend: str, toy: To
         engine.run(np.zeros((1, 16, 32, 3), np.uint8))
 
 
-def test_an_engine_says_what_is_really_running(engine: Engine, backend: str) -> None:
+def test_an_engine_describes_what_is_actually_running(engine: Engine, backend: str) -> None:
     info = engine.describe()
     assert (info.name, info.device, info.precision, info.threads) == (backend, "cpu", "f32", 1)
     assert importlib.import_module(ENGINES[backend].module).__version__.startswith(info.version)
@@ -205,7 +205,7 @@ def test_an_engine_says_what_is_really_running(engine: Engine, backend: str) -> 
     assert info.provider == {"onnxruntime": "CPUExecutionProvider", "openvino": "CPU plugin"}[backend]
 
 
-def test_by_default_it_uses_the_cpus_that_this_process_may_use(
+def test_the_default_thread_count_is_the_usable_cpus(
     backend: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6}, raising=False)
@@ -214,26 +214,26 @@ def test_by_default_it_uses_the_cpus_that_this_process_may_use(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_it_uses_as_many_threads_as_it_is_told(backend: str, toy: Toy, tmp_path: Path, threads: int) -> None:
+def test_the_requested_number_of_threads_is_used(backend: str, toy: Toy, tmp_path: Path, threads: int) -> None:
     with load_engine(toy(tmp_path / "toy.onnx"), backend, threads=threads) as engine:
         assert engine.describe().threads == threads
         np.testing.assert_array_equal(engine.run(noise(1, 16, 32)), noise(1, 16, 32)[..., 0])
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_less_than_one_thread_is_refused(artifact: Artifact, backend: str, threads: int) -> None:
+def test_fewer_than_one_thread_is_rejected(artifact: Artifact, backend: str, threads: int) -> None:
     with pytest.raises(UsageError, match=f"threads is {threads}"):
         load_engine(artifact, backend, threads=threads)
 
 
 @pytest.mark.parametrize("streams", [0, -1])
-def test_less_than_one_stream_is_refused(artifact: Artifact, backend: str, streams: int) -> None:
+def test_fewer_than_one_stream_is_rejected(artifact: Artifact, backend: str, streams: int) -> None:
     with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 or more"):
         load_engine(artifact, backend, streams=streams)
 
 
 @pytest.mark.parametrize(("threads", "streams", "real"), [(4, 1, 1), (4, 2, 2), (4, 4, 4), (2, 5, 2), (1, 3, 1)])
-def test_streams_share_the_threads_and_there_are_no_more_of_them(
+def test_there_are_no_more_streams_than_threads(
     backend: str, toy: Toy, tmp_path: Path, threads: int, streams: int, real: int
 ) -> None:
     with load_engine(toy(tmp_path / "toy.onnx"), backend, threads, streams=streams) as engine:
@@ -248,7 +248,7 @@ def test_streams_share_the_threads_and_there_are_no_more_of_them(
 @pytest.mark.parametrize(
     ("threads", "streams", "told"), [(16, 1, 16), (16, 4, 13), (16, 15, 2), (16, 16, 1), (2, 5, 1), (1, 1, 1)]
 )
-def test_in_onnx_runtime_callers_and_pool_are_as_many_as_the_threads(
+def test_onnx_runtime_callers_and_pool_add_up_to_the_threads(
     toy: Toy, tmp_path: Path, threads: int, streams: int, told: int
 ) -> None:
     """A session with intra_op_num_threads N has a pool of N - 1 threads, which all callers share."""
@@ -259,7 +259,7 @@ def test_in_onnx_runtime_callers_and_pool_are_as_many_as_the_threads(
         assert own - 1 + engine.describe().streams == threads
 
 
-def test_threads_get_their_own_answers_which_no_other_run_changes(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_threads_get_their_results_unchanged_by_other_runs(backend: str, toy: Toy, tmp_path: Path) -> None:
     with (
         load_engine(toy(tmp_path / "toy.onnx"), backend, 4, streams=4) as engine,
         ThreadPoolExecutor(8) as pool,
@@ -273,7 +273,7 @@ def test_threads_get_their_own_answers_which_no_other_run_changes(backend: str, 
         np.testing.assert_array_equal(results[3], work[3][..., 0])
 
 
-def test_notes_of_the_way_to_an_engine_are_kept(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_notes_on_engine_selection_are_kept(backend: str, toy: Toy, tmp_path: Path) -> None:
     artifact, options = toy(tmp_path / "toy.onnx"), EngineOptions(threads=1, notes=("another was passed over",))
     with importlib.import_module(module_of(backend)).load(artifact, options) as engine:
         assert engine.describe().notes == ("another was passed over",)
@@ -282,7 +282,7 @@ def test_notes_of_the_way_to_an_engine_are_kept(backend: str, toy: Toy, tmp_path
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_warming_up_runs_blank_batches_of_the_size_that_is_asked_for(
+def test_warm_up_runs_blank_batches_of_the_requested_size(
     backend: str, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     with load_engine(toy(tmp_path / "toy.onnx"), backend, 1) as engine:
@@ -295,7 +295,7 @@ def test_warming_up_runs_blank_batches_of_the_size_that_is_asked_for(
         np.testing.assert_array_equal(run(noise(1, 16, 32)), noise(1, 16, 32)[..., 0])
 
 
-def test_what_openvino_loads_for_a_size_has_run_at_it(
+def test_openvino_runs_once_at_the_requested_size_when_loading(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A size that is too large for a device fails when the model is loaded, not at the first photo."""
@@ -313,7 +313,7 @@ def test_what_openvino_loads_for_a_size_has_run_at_it(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 32)])
-def test_a_size_that_the_model_does_not_take_is_a_usage_error_in_openvino(
+def test_a_size_the_model_does_not_accept_is_a_usage_error_in_openvino(
     toy: Toy, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     """An EngineError would make `auto` skip the engine."""
@@ -323,10 +323,10 @@ def test_a_size_that_the_model_does_not_take_is_a_usage_error_in_openvino(
         load_engine(artifact, "openvino", threads=1, size=size)
 
 
-# ------------------------------------------------------------------------------------------------ exact or not
+# --------------------------------------------------------------------------------------------------- precision
 
 
-def test_exact_is_float32_and_anything_else_is_owned_up_to(backend: str, blur: Toy, tmp_path: Path) -> None:
+def test_exact_computes_in_float32_and_other_precisions_are_reported(backend: str, blur: Toy, tmp_path: Path) -> None:
     """The graph's sums lie close to whole numbers, so that bf16 rounds them differently."""
     artifact, pixels = blur(tmp_path / "blur.onnx"), noise(3, 16, 32)
     weight = (np.random.default_rng(1).random((1, 3, 3, 3)) * 0.1).astype(np.float32)[0]
@@ -346,7 +346,7 @@ def test_exact_is_float32_and_anything_else_is_owned_up_to(backend: str, blur: T
 
 
 @pytest.mark.parametrize(("stored", "computed"), [("fp32", {"f32"}), ("fp16", {"f32", "fp16"}), ("int8", {"int8"})])
-def test_what_is_computed_in_follows_from_what_is_stored(
+def test_the_compute_precision_follows_from_the_stored_one(
     backend: str, toy: Toy, tmp_path: Path, stored: str, computed: set[str]
 ) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", precision=stored), backend, 1, exact=True) as engine:
@@ -362,7 +362,7 @@ def test_what_is_computed_in_follows_from_what_is_stored(
         (False, "linux", ("avx2", "avx512_fp16"), "f32"),
     ],
 )
-def test_onnx_runtime_computes_fp16_where_the_processor_can(
+def test_onnx_runtime_computes_fp16_on_cpus_that_support_it(
     toy: Toy,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -386,7 +386,7 @@ def test_onnx_runtime_computes_fp16_where_the_processor_can(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7])
 @pytest.mark.parametrize("free", [False, True])
-def test_a_graph_for_three_photos_takes_any_number(
+def test_a_fixed_batch_graph_runs_any_number_of_photos(
     backend: str, toy: Toy, tmp_path: Path, count: int, free: bool
 ) -> None:
     pixels = noise(count, 16, 32)
@@ -402,7 +402,7 @@ def test_a_graph_for_three_photos_takes_any_number(
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 8])
-def test_batches_are_cut_filled_up_and_put_together_again(count: int, size: int) -> None:
+def test_batches_are_split_padded_and_joined(count: int, size: int) -> None:
     seen: list[np.ndarray] = []
 
     def run(part: np.ndarray) -> np.ndarray:
@@ -417,13 +417,13 @@ def test_batches_are_cut_filled_up_and_put_together_again(count: int, size: int)
     assert [len(part) for part in seen] == [size] * -(-count // size)
     together = np.concatenate(seen)
     np.testing.assert_array_equal(together[:count], pixels)
-    assert (together[count:] == pixels[-1]).all(), "filled up with what is there, not with what is not"
+    assert (together[count:] == pixels[-1]).all(), "batches are padded with the last photo"
 
 
 SIZES = [(16, 32), (32, 16), (48, 48), (16, 160), (112, 16)]
 
 
-def test_a_graph_of_free_size_takes_any_multiples_of_sixteen(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_a_dynamic_size_graph_accepts_any_multiples_of_16(backend: str, toy: Toy, tmp_path: Path) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", dynamic_size=True), backend, 1) as engine:
         for count in (1, 3):
             for size in SIZES:
@@ -431,14 +431,14 @@ def test_a_graph_of_free_size_takes_any_multiples_of_sixteen(backend: str, toy: 
                 np.testing.assert_array_equal(engine.run(pixels), pixels[..., 0])
 
 
-def test_results_of_a_graph_of_free_size_are_the_callers_own(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_results_of_a_dynamic_size_graph_are_not_shared_buffers(backend: str, toy: Toy, tmp_path: Path) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", dynamic_size=True), backend, 1) as engine:
         kept = [engine.run(noise(1, *size)) for size in SIZES]
     for size, result in zip(SIZES, kept, strict=True):
         np.testing.assert_array_equal(result, noise(1, *size)[..., 0])
 
 
-def test_threads_may_use_a_graph_of_free_size_each_at_its_own(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_threads_can_use_a_dynamic_size_graph_at_different_sizes(backend: str, toy: Toy, tmp_path: Path) -> None:
     with (
         load_engine(toy(tmp_path / "toy.onnx", dynamic_size=True), backend, 1) as engine,
         ThreadPoolExecutor(4) as pool,
@@ -449,7 +449,9 @@ def test_threads_may_use_a_graph_of_free_size_each_at_its_own(backend: str, toy:
 
 
 @pytest.mark.parametrize("size", [(16, 33), (17, 32), (8, 32), (0, 32)])
-def test_a_graph_of_free_size_takes_nothing_else(backend: str, toy: Toy, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_dynamic_size_graph_rejects_other_sizes(
+    backend: str, toy: Toy, tmp_path: Path, size: tuple[int, int]
+) -> None:
     with load_engine(toy(tmp_path / "toy.onnx", dynamic_size=True), backend, 1) as engine:
         with pytest.raises(UsageError, match="multiple of 16"):
             engine.run(np.zeros((1, *size, 3), np.uint8))
@@ -457,7 +459,7 @@ def test_a_graph_of_free_size_takes_nothing_else(backend: str, toy: Toy, tmp_pat
             engine.run(np.zeros((1, 16, 32, 3), np.float32))
 
 
-def test_a_batch_is_checked_against_the_spec_alone() -> None:
+def test_a_batch_is_checked_against_the_spec_only() -> None:
     fixed = ModelSpec(name="m", height=16, width=32, batch=3)
     for count in (1, 3, 7):
         check_batch(np.zeros((count, 16, 32, 3), np.uint8), fixed)  # the engine pads it to batches of three
@@ -465,15 +467,15 @@ def test_a_batch_is_checked_against_the_spec_alone() -> None:
         check_batch(np.zeros((0, 16, 32, 3), np.uint8), fixed)
 
 
-# ------------------------------------------------------------------------------------------------ which engine
+# -------------------------------------------------------------------------------------------- choice of engine
 
 
-def test_a_backend_asked_for_by_name_is_the_one_that_runs(artifact: Artifact, backend: str) -> None:
+def test_a_backend_requested_by_name_runs(artifact: Artifact, backend: str) -> None:
     with load_engine(artifact, backend, threads=1) as engine:
         assert engine.describe().name == backend
 
 
-def test_an_unknown_backend_is_answered_with_those_there_are(artifact: Artifact) -> None:
+def test_an_unknown_backend_error_lists_the_known_ones(artifact: Artifact) -> None:
     with pytest.raises(EngineError, match="abacus") as caught:
         load_engine(artifact, "abacus")
     assert all(name in str(caught.value) for name in ("auto", *ENGINES))
@@ -486,7 +488,7 @@ def test_a_missing_engine_says_what_to_install(artifact: Artifact, monkeypatch: 
         load_engine(artifact, name)
 
 
-def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_engine_all_suitable_ones_are_named(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
     for name in ENGINES:
         uninstall(name, monkeypatch)
@@ -504,7 +506,7 @@ def test_without_any_engine_all_that_would_do_are_named(artifact: Artifact, monk
     ],
     ids=["library", "home", "package"],
 )
-def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
+def test_an_installed_but_broken_engine_is_an_engine_error(
     artifact: Artifact, backend: str, does: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = ENGINES[backend].module
@@ -518,7 +520,7 @@ def test_an_engine_that_is_installed_but_broken_is_an_error_of_ours(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_module_of_ours_that_is_missing_is_not_taken_for_a_missing_engine(
+def test_a_missing_petseg_module_is_not_taken_for_a_missing_engine(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module_of(name), None)
@@ -526,7 +528,7 @@ def test_a_module_of_ours_that_is_missing_is_not_taken_for_a_missing_engine(
         load_engine(artifact, name)
 
 
-def test_the_tables_are_sound() -> None:
+def test_the_engine_tables_are_consistent() -> None:
     functions = [(line.engine, line.gain) for line in RULE if line.gain]
     functions += [(name, entry.loader) for name, entry in ENGINES.items()]
     for name, function in functions:
@@ -547,11 +549,11 @@ def test_the_tables_are_sound() -> None:
         assert set(entry.run_by_us) <= {line.kind for line in RULE if line.engine == name}
 
 
-# --------------------------------------------------------------------------------------- the rule, with stand-ins
+# ------------------------------------------------------------------------------------------- the rule, with fakes
 
 
 @dataclass
-class House:
+class FakeMachine:
     """A simulated machine on which each engine works, fails or is missing, on each kind of device."""
 
     artifact: Artifact
@@ -582,21 +584,21 @@ class House:
         return load_engine(self.artifact, backend, **asked).describe()
 
 
-Furnish: TypeAlias = Callable[..., House]
+MakeMachine: TypeAlias = Callable[..., FakeMachine]
 
 
 @pytest.fixture
-def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
+def make_machine(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> MakeMachine:
     """Creates a simulated machine; engines that are not mentioned work."""
 
-    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> House:
+    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> FakeMachine:
         pairs = {tuple(name.split(" on ")): what for name, what in (behaviour or {}).items()}
-        house = House(artifact, pairs, gain)  # type: ignore[arg-type]
+        machine = FakeMachine(artifact, pairs, gain)  # type: ignore[arg-type]
         module: Any = types.ModuleType("stand_in")
-        module.gain = lambda spec, options: house.gain and not options.exact
+        module.gain = lambda spec, options: machine.gain and not options.exact
         for name, entry in list(ENGINES.items()):
             attribute = name.replace("-", "_")
-            setattr(module, attribute, functools.partial(house.load, name))
+            setattr(module, attribute, functools.partial(machine.load, name))
             changed = dataclasses.replace(entry, loader=f"stand_in:{attribute}", module="stand_in")
             monkeypatch.setitem(ENGINES, name, changed)
         monkeypatch.setitem(sys.modules, "stand_in", module)
@@ -604,7 +606,7 @@ def furnish(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Furnish:
         monkeypatch.setattr(registry, "RULE", rule)
         gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 13.0")
         monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
-        return house
+        return machine
 
     return make
 
@@ -626,33 +628,35 @@ TENSORRT_LESS = {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing
         (0, False, {"onnxruntime on cpu": "missing"}, "openvino cpu"),
     ],
 )
-def test_auto_takes_the_fastest_that_is_installed(
-    furnish: Furnish, gpus: int, gain: bool, behaviour: dict[str, str], taken: str
+def test_auto_chooses_the_fastest_installed_engine(
+    make_machine: MakeMachine, gpus: int, gain: bool, behaviour: dict[str, str], taken: str
 ) -> None:
-    info = furnish(behaviour, gpus=gpus, gain=gain).choose()
+    info = make_machine(behaviour, gpus=gpus, gain=gain).choose()
     assert f"{info.name} {info.device}" == taken
-    assert info.notes == (), "what is not installed is not worth a word"
+    assert info.notes == (), "engines that are not installed give no note"
 
 
-def test_without_a_gpu_nothing_is_tried_that_needs_one(furnish: Furnish) -> None:
-    house = furnish()
-    house.choose()
-    assert house.tried == [("onnxruntime", "cpu")]
+def test_without_a_gpu_no_gpu_engine_is_tried(make_machine: MakeMachine) -> None:
+    machine = make_machine()
+    machine.choose()
+    assert machine.tried == [("onnxruntime", "cpu")]
 
 
-def test_what_fails_is_passed_over_and_that_is_noted(furnish: Furnish) -> None:
-    house = furnish(
+def test_a_failing_engine_is_skipped_with_a_note(make_machine: MakeMachine) -> None:
+    machine = make_machine(
         {"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "fails"}, gpus=1
     )
-    info = house.choose()
+    info = machine.choose()
     assert (info.name, info.device) == ("onnxruntime", "cpu")
     assert info.notes == ("tensorrt on cuda:0 fails", "onnxruntime on cuda:0 fails")
 
 
-def test_what_failed_is_gone_before_the_next_is_loaded(furnish: Furnish, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_engine_is_freed_before_the_next_is_loaded(
+    make_machine: MakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failed session holds GPU memory that the next one needs, and the garbage collector may not have run yet."""
-    house = furnish({"tensorrt-rtx on cuda": "missing"}, gpus=1)
-    load = house.load
+    machine = make_machine({"tensorrt-rtx on cuda": "missing"}, gpus=1)
+    load = machine.load
     gone: list[bool] = []
 
     class Session:
@@ -671,19 +675,19 @@ def test_what_failed_is_gone_before_the_next_is_loaded(furnish: Furnish, monkeyp
         return load(name, artifact, options)
 
     sessions: list[weakref.ref[Session]] = []
-    monkeypatch.setattr(house, "load", loads)
+    monkeypatch.setattr(machine, "load", loads)
     for name in ENGINES:
         monkeypatch.setattr(sys.modules["stand_in"], name.replace("-", "_"), functools.partial(loads, name))
     gc.disable()
     try:
-        info = house.choose()
+        info = machine.choose()
     finally:
         gc.enable()
     assert (info.name, info.notes) == ("onnxruntime", ("tensorrt on cuda:0 is out of memory",))
     assert gone == [True, True]
 
 
-def test_the_frames_of_what_a_caller_is_handling_stay_as_they_are(furnish: Furnish) -> None:
+def test_frames_of_the_callers_handled_exception_are_not_cleared(make_machine: MakeMachine) -> None:
     def fail() -> None:
         secret = "kept"  # noqa: F841 (looked for below)
         raise ValueError("of the caller")
@@ -692,84 +696,84 @@ def test_the_frames_of_what_a_caller_is_handling_stay_as_they_are(furnish: Furni
     try:
         fail()
     except ValueError as error:
-        furnish({"tensorrt on cuda": "fails"}, gpus=1).choose()
+        make_machine({"tensorrt on cuda": "fails"}, gpus=1).choose()
         seen.extend(frame.f_locals.copy() for frame, _ in traceback.walk_tb(error.__traceback__))
     assert seen[-1] == {"secret": "kept"}
 
 
-def test_who_asks_is_told_of_what_is_passed_over_when_it_has_come_to_an_engine(furnish: Furnish) -> None:
+def test_the_warn_callback_reports_skipped_engines_once_one_is_found(make_machine: MakeMachine) -> None:
     told: list[str] = []
-    house = furnish({"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing"}, gpus=1)
-    house.choose(warn=told.append)
+    machine = make_machine({"tensorrt on cuda": "fails", "tensorrt-rtx on cuda": "missing"}, gpus=1)
+    machine.choose(warn=told.append)
     assert told == ["tensorrt on cuda:0 fails"]
 
 
-def test_openvino_goes_first_only_where_it_gains_which_exact_answers_do_not_allow(furnish: Furnish) -> None:
-    house = furnish(gain=True)
-    assert house.choose().name == "openvino"
-    assert house.choose(exact=True).name == "onnxruntime"
-    house.gain = False
-    assert house.choose().name == "onnxruntime"
-    assert house.choose("openvino").name == "openvino"
+def test_openvino_comes_first_only_if_faster_and_not_exact(make_machine: MakeMachine) -> None:
+    machine = make_machine(gain=True)
+    assert machine.choose().name == "openvino"
+    assert machine.choose(exact=True).name == "onnxruntime"
+    machine.gain = False
+    assert machine.choose().name == "onnxruntime"
+    assert machine.choose("openvino").name == "openvino"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:2", "cpu", "intel-gpu", "intel-gpu:1"])
 @pytest.mark.parametrize("backend", ["auto", *ENGINES])
-def test_what_is_asked_for_is_what_runs_or_an_error(furnish: Furnish, backend: str, device: str) -> None:
+def test_the_requested_engine_runs_or_an_error_is_raised(make_machine: MakeMachine, backend: str, device: str) -> None:
     kind = device.partition(":")[0]
     able = [line for line in RULE if line.kind == kind and backend in ("auto", line.engine)]
-    house = furnish(gpus=3)
+    machine = make_machine(gpus=3)
     if not able:
         with pytest.raises(EngineError, match=f"{backend} cannot run it on {kind}.*; supported: {backend} on "):
-            house.choose(backend, device=device)
-        assert house.tried == []
+            machine.choose(backend, device=device)
+        assert machine.tried == []
         return
-    info = house.choose(backend, device=device)
+    info = machine.choose(backend, device=device)
     assert info.device == device + (":0" if device in ("cuda", "intel-gpu") else "")
     assert backend in ("auto", info.name)
-    broken = furnish({f"{line.engine} on {kind}": "fails" for line in able}, gpus=3)
+    broken = make_machine({f"{line.engine} on {kind}": "fails" for line in able}, gpus=3)
     with pytest.raises(EngineError, match="fails"):
         broken.choose(backend, device=device)
     assert {tried_kind for _, tried_kind in broken.tried} == {kind}
     assert backend == "auto" or {name for name, _ in broken.tried} == {backend}
 
 
-def test_a_backend_that_is_asked_for_is_the_only_one_that_is_tried(furnish: Furnish) -> None:
-    house = furnish({"onnxruntime on cpu": "fails", "onnxruntime on cuda": "fails"}, gpus=1, gain=True)
+def test_a_requested_backend_is_the_only_one_tried(make_machine: MakeMachine) -> None:
+    machine = make_machine({"onnxruntime on cpu": "fails", "onnxruntime on cuda": "fails"}, gpus=1, gain=True)
     with pytest.raises(EngineError, match=r"^onnxruntime on cuda:0 fails; onnxruntime on cpu fails$"):
-        house.choose("onnxruntime")
-    assert house.tried == [("onnxruntime", "cuda"), ("onnxruntime", "cpu")]
+        machine.choose("onnxruntime")
+    assert machine.tried == [("onnxruntime", "cuda"), ("onnxruntime", "cpu")]
 
 
-def test_a_gpu_that_is_asked_for_where_there_is_none_is_an_error_with_the_remedy(furnish: Furnish) -> None:
+def test_requesting_a_missing_gpu_is_an_error_with_a_remedy(make_machine: MakeMachine) -> None:
     everything = {f"{name} on cuda": "missing" for name in ENGINES}
     said = "^cuda:1 is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu$"
     with pytest.raises(EngineError, match=said) as caught:
-        furnish(everything, gpus=0).choose(device="cuda:1")
+        make_machine(everything, gpus=0).choose(device="cuda:1")
     assert not isinstance(caught.value, EngineMissing)
     with pytest.raises(EngineMissing) as missing:
-        furnish(everything, gpus=1).choose(device="cuda")
+        make_machine(everything, gpus=1).choose(device="cuda")
     assert [f"{name} on cuda is not installed" in str(missing.value) for name in ENGINES] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("backend", ["auto", "openvino"])
-def test_intels_gpu_is_taken_only_where_it_is_asked_for(furnish: Furnish, backend: str) -> None:
-    house = furnish({"openvino on cpu": "fails", "onnxruntime on cpu": "fails"})
+def test_intels_gpu_is_used_only_on_request(make_machine: MakeMachine, backend: str) -> None:
+    machine = make_machine({"openvino on cpu": "fails", "onnxruntime on cpu": "fails"})
     with pytest.raises(EngineError, match="openvino on cpu fails"):
-        house.choose(backend)
-    assert ("openvino", "intel-gpu") not in house.tried
-    assert house.choose(backend, device="intel-gpu").device == "intel-gpu:0"
+        machine.choose(backend)
+    assert ("openvino", "intel-gpu") not in machine.tried
+    assert machine.choose(backend, device="intel-gpu").device == "intel-gpu:0"
 
 
-def test_every_failure_is_told_once_if_nothing_works(furnish: Furnish) -> None:
-    house = furnish(
+def test_every_failure_is_reported_once_if_nothing_works(make_machine: MakeMachine) -> None:
+    machine = make_machine(
         {"tensorrt on cuda": "missing", "tensorrt-rtx on cuda": "missing", "onnxruntime on cuda": "missing"}
         | {"onnxruntime on cpu": "fails", "openvino on cpu": "fails"},
         gpus=1,
         gain=True,
     )
     with pytest.raises(EngineError) as caught:
-        house.choose()
+        machine.choose()
     missing = "tensorrt on cuda is not installed: pip install it"
     assert str(caught.value).endswith("openvino on cpu fails; onnxruntime on cpu fails")
     assert str(caught.value).count(missing) == 1
@@ -778,19 +782,19 @@ def test_every_failure_is_told_once_if_nothing_works(furnish: Furnish) -> None:
 
 @given(data=st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: st.DataObject) -> None:
+def test_auto_chooses_the_first_working_line_on_any_machine(make_machine: MakeMachine, data: st.DataObject) -> None:
     lines = list(dict.fromkeys(f"{line.engine} on {line.kind}" for line in RULE))
     behaviour = {line: data.draw(st.sampled_from(["works", "fails", "missing"]), line) for line in lines}
     gpus, gain = data.draw(st.integers(0, 1), "gpus"), data.draw(st.booleans(), "gain")
     order = ["openvino on cpu", "onnxruntime on cpu"] if gain else ["onnxruntime on cpu", "openvino on cpu"]
     order = ["tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda"] * gpus + order
     working = [line for line in order if behaviour[line] == "works"]
-    house = furnish(behaviour, gpus=gpus, gain=gain)
+    machine = make_machine(behaviour, gpus=gpus, gain=gain)
     if not working:
         with pytest.raises(EngineError):
-            house.choose()
+            machine.choose()
         return
-    info = house.choose()
+    info = machine.choose()
     assert f"{info.name} on {info.device.partition(':')[0]}" == working[0]
     before = order[: order.index(working[0])]
     assert [note.replace(":0", "") for note in info.notes] == [f"{b} fails" for b in before if behaviour[b] == "fails"]
@@ -799,10 +803,10 @@ def test_on_any_machine_it_is_the_first_line_that_works(furnish: Furnish, data: 
 @pytest.mark.parametrize(
     "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
 )
-def test_a_device_that_there_is_not_is_answered_with_those_there_are(furnish: Furnish, device: str) -> None:
+def test_an_unknown_device_error_lists_the_existing_ones(make_machine: MakeMachine, device: str) -> None:
     said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
     with pytest.raises(EngineError, match=f"^{re.escape(said)}$"):
-        furnish(gpus=1).choose(device=device)
+        make_machine(gpus=1).choose(device=device)
 
 
 @pytest.mark.parametrize(
@@ -814,7 +818,7 @@ def test_a_device_that_there_is_not_is_answered_with_those_there_are(furnish: Fu
         ("intel-gpu:1", Device("intel-gpu", 1)),
     ],
 )
-def test_a_device_is_a_kind_and_a_number(text: str, device: Device) -> None:
+def test_a_device_is_parsed_as_kind_and_number(text: str, device: Device) -> None:
     assert Device.parse(text) == device
     assert Device.parse(str(device)) == device
 
@@ -822,7 +826,7 @@ def test_a_device_is_a_kind_and_a_number(text: str, device: Device) -> None:
 # ------------------------------------------------------------------------------------- the rule, with real engines
 
 
-def test_auto_on_this_machine_is_what_the_rule_says(
+def test_auto_follows_the_rule_on_this_machine(
     artifact: Artifact, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
@@ -858,7 +862,7 @@ def test_auto_on_this_machine_is_what_the_rule_says(
         ("x86", {"FP32"}, "int8", True, True),
     ],
 )
-def test_openvino_gains_where_it_computes_in_less_than_float32(
+def test_openvino_is_preferred_where_it_computes_below_float32(
     monkeypatch: pytest.MonkeyPatch, machine: str, able: set[str], precision: Any, exact: bool, gains: bool
 ) -> None:
     module = pytest.importorskip("petseg_runtime.engines.openvino")
@@ -871,9 +875,7 @@ def test_openvino_gains_where_it_computes_in_less_than_float32(
 
 
 @pytest.mark.parametrize("broken", ["core", "plugin"])
-def test_an_openvino_that_does_not_work_leaves_auto_to_the_next(
-    toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
-) -> None:
+def test_auto_skips_a_broken_openvino(toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str) -> None:
     module = pytest.importorskip("petseg_runtime.engines.openvino")
 
     def fails(*_: Any) -> Any:
@@ -898,7 +900,7 @@ def test_an_openvino_that_does_not_work_leaves_auto_to_the_next(
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("batch", "told"), [(0, 1), (1, 1), (8, 8)])
-def test_a_graph_of_a_fixed_batch_is_run_in_batches_on_a_cpu_too(
+def test_a_fixed_batch_graph_runs_in_batches_on_a_cpu(
     toy: Toy, tmp_path: Path, engine: str, batch: int, told: int
 ) -> None:
     pytest.importorskip(engine)
@@ -906,7 +908,7 @@ def test_a_graph_of_a_fixed_batch_is_run_in_batches_on_a_cpu_too(
         assert opened.describe().batch == told
 
 
-def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
+def test_an_engine_that_cannot_be_imported_is_skipped_with_a_note(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
@@ -923,7 +925,7 @@ def test_an_engine_that_cannot_be_imported_is_passed_over_with_a_note(
     )
 
 
-def test_of_onnx_runtime_only_an_empty_folder_is_left(
+def test_an_empty_onnxruntime_folder_is_reported_as_broken(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
@@ -955,7 +957,7 @@ def bound(artifact: Artifact) -> Any:
     return _Bound(session_of(artifact), Device("cpu"))
 
 
-def test_buffers_are_right_over_changing_batches_and_results_are_the_callers_own(toy: Toy, tmp_path: Path) -> None:
+def test_buffers_handle_changing_batches_and_results_are_copies(toy: Toy, tmp_path: Path) -> None:
     buffers = bound(toy(tmp_path / "toy.onnx", dynamic_size=True))
     work = [
         noise(count, *size, seed=seed)
@@ -971,14 +973,14 @@ def test_buffers_are_right_over_changing_batches_and_results_are_the_callers_own
     np.testing.assert_array_equal(buffers.run(work[-1]), work[-1][..., 0])
 
 
-def test_buffers_take_any_memory_layout(toy: Toy, tmp_path: Path) -> None:
+def test_buffers_accept_any_memory_layout(toy: Toy, tmp_path: Path) -> None:
     pixels = noise(3, 16, 32)
     strided = np.asfortranarray(pixels)
     assert not strided.flags.c_contiguous
     np.testing.assert_array_equal(bound(toy(tmp_path / "toy.onnx")).run(strided), pixels[..., 0])
 
 
-def test_buffers_of_the_same_shape_are_used_again(toy: Toy, tmp_path: Path) -> None:
+def test_buffers_of_the_same_shape_are_reused(toy: Toy, tmp_path: Path) -> None:
     buffers = bound(toy(tmp_path / "toy.onnx"))
     buffers.run(noise(2, 16, 32))
     sent = buffers._sent
@@ -1003,7 +1005,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     return lambda artifact, device="cuda", **options: load_engine(artifact, "onnxruntime", device=device, **options)
 
 
-def test_on_cuda_threads_take_turns_and_get_their_own_answers(
+def test_on_cuda_threads_take_turns_and_get_their_results(
     on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path
 ) -> None:
     with on_cuda(toy(tmp_path / "toy.onnx")) as engine, ThreadPoolExecutor(8) as pool:
@@ -1017,7 +1019,7 @@ def test_on_cuda_threads_take_turns_and_get_their_own_answers(
 
 
 @pytest.mark.parametrize(("size", "expected"), [((64, 48), (64, 48)), (None, (16, 32))])
-def test_on_cuda_what_is_loaded_for_a_size_has_run_at_it(
+def test_on_cuda_loading_for_a_size_runs_once_at_it(
     on_cuda: Callable[..., Engine],
     toy: Toy,
     tmp_path: Path,
@@ -1036,7 +1038,7 @@ def test_on_cuda_what_is_loaded_for_a_size_has_run_at_it(
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_on_cuda_a_graph_for_three_photos_takes_any_number(
+def test_on_cuda_a_fixed_batch_graph_runs_any_number_of_photos(
     on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path, count: int
 ) -> None:
     with on_cuda(toy(tmp_path / "toy.onnx", batch=3)) as engine:
@@ -1055,7 +1057,7 @@ def test_on_cuda_a_graph_for_three_photos_takes_any_number(
         ("cuda:1", "int8", True, "int8"),
     ],
 )
-def test_on_cuda_it_says_which_gpu_computes_and_in_what(
+def test_on_cuda_the_description_names_gpu_and_precision(
     on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path, device: str, stored: str, exact: bool, precision: str
 ) -> None:
     with on_cuda(toy(tmp_path / "toy.onnx", precision=stored), device, exact=exact) as engine:
@@ -1069,7 +1071,7 @@ def test_on_cuda_it_says_which_gpu_computes_and_in_what(
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)
 
 
-def test_on_cuda_a_graph_that_fails_does_so_when_it_is_loaded(
+def test_on_cuda_a_failing_graph_fails_when_it_is_loaded(
     on_cuda: Callable[..., Engine], toy: Toy, tmp_path: Path
 ) -> None:
     with pytest.raises(EngineError, match=r"ONNX Runtime on cuda:0 failed \("):
@@ -1109,7 +1111,7 @@ def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return make
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
+def test_a_session_that_fell_back_to_the_cpu_is_an_error_with_a_remedy(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu_package(["CPUExecutionProvider"], says="Failed to load libcudnn.so.9:\nno such file\n")
@@ -1124,7 +1126,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused_with_the_remedy(
     assert capsys.readouterr() == ("", ""), "what it prints is part of the message"
 
 
-def test_two_that_load_at_once_leave_stdout_as_it_was(
+def test_two_concurrent_loads_restore_stdout(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second thread starts while the first has redirected stdout, and ends after the first has restored it."""
@@ -1176,7 +1178,7 @@ def test_two_that_load_at_once_leave_stdout_as_it_was(
         sys.stdout = before
 
 
-def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_same_package(
+def test_with_an_old_driver_a_failed_session_does_not_suggest_the_same_package(
     artifact: Artifact, gpu_package: Callable[..., list[Any]]
 ) -> None:
     gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
@@ -1186,7 +1188,7 @@ def test_a_session_that_does_not_start_with_an_old_driver_is_not_sent_to_the_sam
     assert install("gpu") not in str(caught.value)
 
 
-def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
+def test_without_a_gpu_a_failed_session_says_there_is_none(
     artifact: Artifact, gpu_package: Callable[..., list[Any]]
 ) -> None:
     gpu_package(RuntimeError("CUDA failure 100:\nno CUDA-capable device"), gpus=0)
@@ -1198,7 +1200,7 @@ def test_a_session_that_does_not_start_without_a_gpu_says_that_there_is_none(
 
 
 @pytest.mark.parametrize(("exact", "tf32"), [(False, "1"), (True, "0")])
-def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_threads(
+def test_the_cuda_session_gets_gpu_and_tf32_but_no_thread_options(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
@@ -1206,7 +1208,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
     providers, threads = calls[0]
     assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
-    assert threads == 1, "more would only wait, each pinned to a core"
+    assert threads == 1, "more threads would only wait, each pinned to a core"
 
 
 @pytest.mark.parametrize(
@@ -1222,7 +1224,7 @@ def test_the_session_is_told_which_gpu_and_whether_it_may_use_tf32_and_no_thread
         (set(), "the installed onnxruntime was built without CUDA: uninstall it, then", True),
     ],
 )
-def test_a_package_without_cuda_says_what_to_do(
+def test_a_package_without_cuda_gives_a_remedy(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, installed: set[str], said: str, missing: bool
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -1240,15 +1242,13 @@ def test_a_package_without_cuda_says_what_to_do(
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
-    assert isinstance(caught.value, EngineMissing) is missing, "a quarrel of packages is worth a note"
+    assert isinstance(caught.value, EngineMissing) is missing, "a package conflict is noted"
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
+# --------------------------------------------------------------------------------------------------------- errors
 
 
-def test_a_graph_that_cannot_be_loaded_is_an_engine_error_that_names_the_file(
-    backend: str, toy: Toy, tmp_path: Path
-) -> None:
+def test_an_unloadable_graph_is_an_engine_error_naming_the_file(backend: str, toy: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx", op="Nonsense")
     with pytest.raises(EngineError) as caught:
         load_engine(artifact, backend, threads=1)
@@ -1256,7 +1256,7 @@ def test_a_graph_that_cannot_be_loaded_is_an_engine_error_that_names_the_file(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_that_is_gone_or_cut_off_is_an_engine_error(backend: str, toy: Toy, tmp_path: Path) -> None:
+def test_a_missing_or_truncated_file_is_an_engine_error(backend: str, toy: Toy, tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     whole = artifact.path.read_bytes()
     artifact.path.write_bytes(whole[: len(whole) // 2])
@@ -1284,13 +1284,13 @@ def compiled(toy: Toy, ir: Toy, tmp_path: Path) -> Artifact:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_openvino_is_held_to_its_threads(compiled: Artifact, threads: int) -> None:
+def test_openvino_uses_no_more_than_its_threads(compiled: Artifact, threads: int) -> None:
     engine: Any = load_engine(compiled, threads=threads)
     with engine:
         assert engine._compiled.get_property("INFERENCE_NUM_THREADS") == threads
 
 
-def test_openvino_runs_its_own_files_and_is_chosen_for_them(compiled: Artifact) -> None:
+def test_openvino_is_chosen_for_ir_files(compiled: Artifact) -> None:
     for name in ("openvino", "auto"):
         with load_engine(compiled, name, threads=1) as engine:
             assert engine.describe().name == "openvino"
@@ -1299,9 +1299,7 @@ def test_openvino_runs_its_own_files_and_is_chosen_for_them(compiled: Artifact) 
 
 
 @pytest.mark.parametrize("changes", [{"batch": 3}, {"dynamic_size": True}, {"batch": 3, "dynamic_size": True}], ids=str)
-def test_openvinos_own_files_keep_batch_and_free_size(
-    changes: dict[str, Any], toy: Toy, ir: Toy, tmp_path: Path
-) -> None:
+def test_ir_files_keep_batch_and_dynamic_size(changes: dict[str, Any], toy: Toy, ir: Toy, tmp_path: Path) -> None:
     with load_engine(ir(toy(tmp_path / "toy.onnx", **changes)), threads=1) as engine:
         for size in [(16, 32), *([(48, 16)] if "dynamic_size" in changes else [])]:
             for count in (1, 3, 4):
@@ -1310,12 +1308,12 @@ def test_openvinos_own_files_keep_batch_and_free_size(
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENGINES.items() if "openvino" not in entry.formats])
-def test_other_engines_do_not_run_openvinos_files(compiled: Artifact, name: str) -> None:
+def test_other_engines_do_not_run_ir_files(compiled: Artifact, name: str) -> None:
     with pytest.raises(EngineError, match=f"{name} does not run openvino files; engines that do: openvino"):
         load_engine(compiled, name)
 
 
-def test_without_openvino_its_files_say_what_to_install(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openvino_ir_files_say_what_to_install(compiled: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     uninstall("openvino", monkeypatch)
     for name in ("auto", "openvino"):
         with pytest.raises(EngineMissing, match=re.escape(install("openvino"))) as caught:
@@ -1323,7 +1321,7 @@ def test_without_openvino_its_files_say_what_to_install(compiled: Artifact, monk
         assert "cpu" not in str(caught.value)
 
 
-def test_an_ir_that_openvino_cannot_read_is_an_engine_error_that_names_the_file(compiled: Artifact) -> None:
+def test_an_unreadable_ir_is_an_engine_error_naming_the_file(compiled: Artifact) -> None:
     """The digests in its sidecar match, so that only OpenVINO can detect the damage."""
     sidecar = sidecar_of(compiled.path)
     graph = compiled.path.read_bytes()
@@ -1338,7 +1336,7 @@ def test_an_ir_that_openvino_cannot_read_is_an_engine_error_that_names_the_file(
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_weights_that_are_cut_off_are_an_engine_error(compiled: Artifact) -> None:
+def test_truncated_weights_are_an_engine_error(compiled: Artifact) -> None:
     sidecar, weights = sidecar_of(compiled.path), compiled.path.with_suffix(".bin")
     weights.write_bytes(b"")
     raw = json.loads(sidecar.read_text())
@@ -1359,7 +1357,7 @@ def test_in_openvino_a_failure_while_running_is_an_engine_error(compiled: Artifa
         engine.run(noise(1, 16, 32))
 
 
-def test_in_openvino_the_answer_to_another_size_is_an_engine_error(compiled: Artifact) -> None:
+def test_in_openvino_output_of_another_size_is_an_engine_error(compiled: Artifact) -> None:
     """With one thread, OpenVINO raises no error for a failed run: the output tensor keeps its earlier content."""
 
     class Stuck:
@@ -1391,7 +1389,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, computed: str) -> None:
 
 
 @pytest.mark.parametrize(("computed", "exact"), [("bf16", True), ("f16", True), ("f64", False), ("dynamic", False)])
-def test_openvino_that_computes_in_what_was_not_asked_for_is_refused(
+def test_openvino_ignoring_the_requested_precision_is_an_error(
     compiled: Artifact, computed: str, exact: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, computed)
@@ -1400,7 +1398,7 @@ def test_openvino_that_computes_in_what_was_not_asked_for_is_refused(
 
 
 @pytest.mark.parametrize(("computed", "name"), [("f32", "f32"), ("f16", "fp16"), ("bf16", "bf16")])
-def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
+def test_openvino_reports_its_precision_and_with_int8_that_of_the_rest(
     computed: str, name: str, toy: Toy, ir: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [ir(toy(tmp_path / f"{stored}.onnx", precision=stored)) for stored in ("fp32", "int8")]
@@ -1414,7 +1412,7 @@ def test_openvino_says_what_it_computes_in_and_in_int8_also_what_the_rest_is(
     ("largest", "exact", "note"),
     [(8189.0, False, True), (8188.0, False, False), (None, False, False), (8189.0, True, False)],
 )
-def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
+def test_openvino_does_not_compute_in_float16_what_would_overflow(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: float | None, exact: bool, note: bool
 ) -> None:
     """As on ARM CPUs and on GPUs, where float16 is the default."""
@@ -1442,7 +1440,7 @@ def test_openvino_does_not_compute_in_half_what_half_cannot_hold(
 
 
 @pytest.mark.parametrize(("cores", "pinned"), [({0}, True), ({0, 1, 2}, False)])
-def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_scheduler(
+def test_openvino_with_fewer_threads_than_cores_does_not_pin(
     compiled: Artifact, monkeypatch: pytest.MonkeyPatch, cores: set[int], pinned: bool
 ) -> None:
     """With pinning, all processes with one thread would run on the first core."""
@@ -1452,13 +1450,13 @@ def test_openvino_with_fewer_threads_than_cores_leaves_the_cores_to_the_schedule
         assert engine._compiled.get_property("ENABLE_CPU_PINNING") is pinned
 
 
-def test_openvino_has_run_once_before_several_threads_can_run_it_first(compiled: Artifact) -> None:
+def test_openvino_runs_once_before_threads_can_use_it(compiled: Artifact) -> None:
     """OpenVINO's Python binding can deadlock if two threads access a tensor's data for the first time."""
     engine: Any = load_engine(compiled, threads=1)
-    assert hasattr(engine._local, "request"), "made by the first run of a thread, here that which has loaded it"
+    assert hasattr(engine._local, "request"), "a thread's first run creates the request; loading ran once"
 
 
-def test_a_closed_openvino_engine_serves_no_thread_that_used_it_before(compiled: Artifact) -> None:
+def test_a_closed_openvino_engine_rejects_threads_that_used_it(compiled: Artifact) -> None:
     engine = load_engine(compiled, threads=1)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(engine.run, noise(1, 16, 32)).result()

@@ -67,7 +67,7 @@ def answer(artifact: Artifact, **options: Any) -> tuple[bytes, EngineInfo]:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_what_comes_from_the_cache_computes_the_same_bytes_in_the_same_precision(
+def test_a_cached_model_gives_identical_output_and_precision(
     exact: bool, core: Core, edge: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh, again = answer(edge, exact=exact), answer(edge, exact=exact)
@@ -81,7 +81,7 @@ def test_what_comes_from_the_cache_computes_the_same_bytes_in_the_same_precision
         assert fresh[1].precision == "f32"
 
 
-def test_what_computes_differently_is_kept_apart(core: Core, edge: Artifact) -> None:
+def test_differing_settings_have_separate_cache_entries(core: Core, edge: Artifact) -> None:
     for options in ({"threads": 1}, {"threads": 2}, {"threads": 2, "streams": 2}, {"exact": True}):
         answer(edge, **options)
     assert core.calls == ["compile"] * 4
@@ -93,9 +93,7 @@ def test_what_computes_differently_is_kept_apart(core: Core, edge: Artifact) -> 
     assert entry.key.settings["capabilities"] == sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
-def test_another_version_compiles_again_and_says_so(
-    core: Core, edge: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_version_recompiles_with_a_note(core: Core, edge: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = answer(edge)
     real = openvino.__version__
     monkeypatch.setattr(openvino, "__version__", "2099.1-x")
@@ -106,7 +104,7 @@ def test_another_version_compiles_again_and_says_so(
     assert note.endswith(f" s: openvino 2099.1-x instead of {real}")
 
 
-def test_another_driver_compiles_again_and_says_so(core: Core, edge: Artifact) -> None:
+def test_another_driver_recompiles_with_a_note(core: Core, edge: Artifact) -> None:
     core.properties["GPU_DRIVER_VERSION"] = "25.1"
     first, _ = answer(edge)
     core.properties["GPU_DRIVER_VERSION"] = "26.2"
@@ -118,7 +116,7 @@ def test_another_driver_compiles_again_and_says_so(core: Core, edge: Artifact) -
     assert (core.calls, len(cache.entries())) == (["compile"] * 3, 3)
 
 
-def test_a_blob_that_was_changed_never_reaches_openvino(core: Core, edge: Artifact) -> None:
+def test_a_modified_blob_is_never_passed_to_openvino(core: Core, edge: Artifact) -> None:
     first, _ = answer(edge)
     (entry,) = cache.entries()
     data = bytearray(entry.path.read_bytes())
@@ -130,7 +128,7 @@ def test_a_blob_that_was_changed_never_reaches_openvino(core: Core, edge: Artifa
     assert (answer(edge)[1].notes, core.calls[-1]) == ((), "import")
 
 
-def test_a_blob_that_openvino_refuses_is_compiled_again(core: Core, edge: Artifact) -> None:
+def test_a_blob_rejected_by_openvino_is_recompiled(core: Core, edge: Artifact) -> None:
     first, _ = answer(edge)
     core.refuses = True
     again, info = answer(edge, notes=("passed over",))
@@ -139,13 +137,13 @@ def test_a_blob_that_openvino_refuses_is_compiled_again(core: Core, edge: Artifa
     assert "OpenVINO rejects the cached file (Exception from src/inference cannot deserialize)" in info.notes[1]
 
 
-def test_a_cache_that_cannot_be_used_is_said(core: Core, edge: Artifact, tmp_path: Path) -> None:
+def test_an_unusable_cache_is_reported(core: Core, edge: Artifact, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in its place")
     _, info = answer(edge)
     assert info.notes[0].endswith(" s; not kept: Not a directory")
 
 
-def test_only_what_gains_is_kept(
+def test_only_onnx_files_up_to_the_size_limit_are_cached(
     core: Core,
     blur: Callable[[Path], Artifact],
     ir: Callable[[Artifact], Artifact],
@@ -162,7 +160,7 @@ def test_only_what_gains_is_kept(
     assert len(cache.entries()) == 1
 
 
-def test_a_device_that_cannot_export_is_not_asked_to(
+def test_a_device_without_export_support_is_not_cached(
     core: Core, blur: Callable[[Path], Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core, "get_property", lambda *_: ["FP32"], raising=False)
@@ -170,9 +168,7 @@ def test_a_device_that_cannot_export_is_not_asked_to(
     assert (core.calls, cache.entries()) == (["compile"], [])
 
 
-def test_a_file_that_changes_while_it_is_loaded_is_not_kept_under_a_wrong_name(
-    core: Core, toy: Callable[..., Artifact], tmp_path: Path
-) -> None:
+def test_a_file_changed_while_loading_is_not_cached(core: Core, toy: Callable[..., Artifact], tmp_path: Path) -> None:
     artifact = toy(tmp_path / "toy.onnx")
     toy(tmp_path / "toy.onnx", channel=1)
     with pytest.raises(ModelError, match="changed while it was loaded"):

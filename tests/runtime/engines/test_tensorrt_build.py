@@ -31,7 +31,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None
 
 
 @pytest.mark.parametrize(("library", "name"), [(TRT, "tensorrt"), (RTX, "tensorrt-rtx")])
-def test_a_library_that_is_not_installed_names_its_packages(
+def test_a_missing_library_error_names_its_packages(
     library: Library, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(name: str) -> None:
@@ -55,7 +55,7 @@ def test_a_library_that_is_not_installed_names_its_packages(
         RuntimeError("the wheel was not built"),
     ],
 )
-def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_fails_to_import_gives_the_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise error
 
@@ -66,20 +66,20 @@ def test_a_library_that_cannot_be_imported_gives_the_reason(error: Exception, mo
     assert not isinstance(caught.value, EngineMissing)
 
 
-def test_a_placeholder_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_placeholder_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", __version__="0.0.1")
     with pytest.raises(EngineError, match=r"holds no library \(it is a placeholder\): pip install '.*' 'tensorrt>="):
         build(b"", None, library=TRT)
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.3.0", "10.8.0.43"])
-def test_an_old_library_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_library_is_rejected(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", __version__=version, Builder=None, OnnxParser=None)
     with pytest.raises(EngineError, match=rf"TensorRT {re.escape(version)} is too old: 10\.9 or newer is needed"):
         build(b"", None, library=TRT)
 
 
-def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_requires_a_gpu_and_builds_only_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=None, OnnxParser=None)
     monkeypatch.setattr(host, "gpus", tuple)
     for ask in (lambda: build(b"", None, library=TRT), timings_slot):
@@ -94,7 +94,7 @@ def test_tensorrt_needs_a_gpu_and_takes_no_other(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("driver", "old"), [("CUDA 12.6", True), ("CUDA 13.0", False)])
-def test_a_library_that_does_not_start_with_an_old_driver_says_what_to_do(
+def test_a_library_failing_with_an_old_driver_gives_a_remedy(
     driver: str, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Logger:
@@ -121,7 +121,7 @@ def test_a_library_that_does_not_start_with_an_old_driver_says_what_to_do(
         ((8, 32, 32, 3), r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
     ],
 )
-def test_a_profile_that_makes_no_sense_is_refused(minimum: tuple[int, int, int, int], words: str) -> None:
+def test_an_invalid_profile_is_rejected(minimum: tuple[int, int, int, int], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         Profile(minimum=minimum, optimum=(2, 32, 32, 3), maximum=(4, 64, 64, 3))
 
@@ -146,7 +146,7 @@ def test_the_profile_follows_from_the_specification(
     assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
 
 
-def test_layers_are_read_in_the_words_of_tensorrt_10() -> None:
+def test_layer_types_are_parsed_in_the_format_of_tensorrt_10() -> None:
     tensor = "{ Name: %s, Location: Device, Dimensions: [1,64,8,8], Format/Datatype: %s }"
     text = "\n".join(
         f"Name: {name}, LayerType: {kind}, Inputs: [ {tensor % ('x', reads)}], Outputs: [ {tensor % ('y', writes)}], "

@@ -74,7 +74,7 @@ class World:
         self.calls.append(name)
         return len(self.calls) - 1 == self.fail_at or name in self.fail_names
 
-    def wrong(self, what: str) -> None:
+    def record_misuse(self, what: str) -> None:
         self.misuse.append(what)
 
     def check_clean(self) -> None:
@@ -84,17 +84,17 @@ class World:
 
     def buffer(self, where: dict[int, np.ndarray], address: int, size: int) -> np.ndarray:
         if address not in where or where[address].size < size:
-            self.wrong(f"{size} bytes at {address:#x} used, which is not there")
+            self.record_misuse(f"{size} bytes at {address:#x} used, which is not there")
             return np.zeros(size, np.uint8)
         return where[address][:size]
 
     def stream(self, handle: Any) -> FakeStream:
         stream = self.streams.get(int(handle))
         if stream is None:
-            self.wrong("a stream used that is not there")
+            self.record_misuse("a stream used that is not there")
             return FakeStream(0)
         if getattr(self.local, "device", 0) != stream.device:
-            self.wrong("a stream used on another device than its own")
+            self.record_misuse("a stream used on another device than its own")
         return stream
 
 
@@ -233,12 +233,12 @@ class FakeCudart:
     def _free(self, where: dict[int, np.ndarray], address: int) -> None:
         world = Stand.world
         if any(stream.work for stream in world.streams.values()):
-            world.wrong("memory freed while a stream may use it")
+            world.record_misuse("memory freed while a stream may use it")
         if any(address in thing.addresses.values() for thing in world.objects if isinstance(thing, FakeContext)):
-            world.wrong("memory freed before the context that knows its address")
+            world.record_misuse("memory freed before the context that knows its address")
         memory = where.pop(address, None)
         if memory is None:
-            world.wrong("memory freed that is not there")
+            world.record_misuse("memory freed that is not there")
         else:
             memory[:] = 0xDD
             world.graveyard.append(memory)
@@ -252,14 +252,14 @@ class FakeCudart:
     @cuda(frees=True)
     def cudaStreamDestroy(self, stream: Any) -> None:
         if Stand.world.stream(stream).work:
-            Stand.world.wrong("a stream destroyed with work to do")
+            Stand.world.record_misuse("a stream destroyed with work to do")
         Stand.world.streams.pop(int(stream), None)
 
     @cuda()
     def cudaStreamSynchronize(self, stream: Any) -> None:
         found = Stand.world.stream(stream)
         if found.recording is not None:
-            Stand.world.wrong("waited for a stream that records")
+            Stand.world.record_misuse("waited for a stream that records")
         work, found.work = found.work, []
         for step in work:
             step()
@@ -279,7 +279,7 @@ class FakeCudart:
     def cudaStreamBeginCapture(self, stream: Any, mode: cudaStreamCaptureMode) -> None:
         found = Stand.world.stream(stream)
         if found.recording is not None:
-            Stand.world.wrong("a capture begun on a stream that is capturing")
+            Stand.world.record_misuse("a capture begun on a stream that is capturing")
         found.recording = []
 
     @cuda(1)
@@ -303,7 +303,7 @@ class FakeCudart:
     @cuda()
     def cudaGraphLaunch(self, graphExec: Graph, stream: Any) -> None:
         if graphExec not in Stand.world.handles:
-            Stand.world.wrong("a graph launched that is not there")
+            Stand.world.record_misuse("a graph launched that is not there")
         for work in graphExec.work:
             Stand.world.stream(stream).add(work)
 
@@ -317,7 +317,7 @@ class FakeCudart:
 
     def _forget(self, graph: Graph) -> None:
         if graph not in Stand.world.handles:
-            Stand.world.wrong("a graph freed that is not there")
+            Stand.world.record_misuse("a graph freed that is not there")
         Stand.world.handles.discard(graph)
 
 
@@ -359,7 +359,7 @@ class Object:
         Stand.world.objects.add(self)
 
 
-def asked(refusal: object) -> Callable[[Callable[..., Any]], Any]:
+def can_fail(refusal: object) -> Callable[[Callable[..., Any]], Any]:
     """Make it possible for a method of the library to fail: it logs, and returns `refusal` or raises."""
 
     def decorate(method: Callable[..., Any]) -> Any:
@@ -384,7 +384,7 @@ class FakeRuntime(Object):
         assert logger.initialised
         super().__init__(logger)
 
-    @asked(None)
+    @can_fail(None)
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
         try:
             return FakeEngine(self.logger, json.loads(serialized_engine))
@@ -416,11 +416,11 @@ class FakeEngine(Object):
         assert self.tensors[name][0] == "INPUT"
         return self.profile
 
-    @asked(None)
+    @can_fail(None)
     def create_runtime_config(self) -> FakeRuntimeConfig:
         return FakeRuntimeConfig(self.logger)
 
-    @asked(None)
+    @can_fail(None)
     def create_execution_context(self, runtime_config: FakeRuntimeConfig | None = None) -> FakeContext:
         return FakeContext(self, runtime_config)
 
@@ -432,11 +432,11 @@ class FakeRuntimeConfig(Object):
         self.dynamic_shapes_kernel_specialization_strategy = KernelStrategy.LAZY
         self.cache: FakeRuntimeCache | None = None
 
-    @asked(None)
+    @can_fail(None)
     def create_runtime_cache(self) -> FakeRuntimeCache:
         return FakeRuntimeCache(self.logger)
 
-    @asked(False)
+    @can_fail(False)
     def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         self.cache = cache
         return True
@@ -474,7 +474,7 @@ class FakeContext(Object):
             assert config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             assert config.dynamic_shapes_kernel_specialization_strategy is KernelStrategy.EAGER
 
-    @asked(False)
+    @can_fail(False)
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.engine.profile
         assert name == "image"
@@ -484,20 +484,20 @@ class FakeContext(Object):
         self.shape, self.state, self.warm = shape, self.state + 1, False
         return True
 
-    @asked(False)
+    @can_fail(False)
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self.addresses[name] = memory
         self.state, self.warm = self.state + 1, False
         return True
 
-    @asked(False)
+    @can_fail(False)
     def execute_async_v3(self, stream_handle: int) -> bool:
         world = Stand.world
         assert isinstance(stream_handle, int)
         stream = world.stream(stream_handle)
         if stream.recording is not None:
             if not self.warm:
-                world.wrong("captured without a launch before it")
+                world.record_misuse("captured without a launch before it")
             if world.refuses_capture:
                 world.last_error, stream.invalid = 901, world.invalidates_capture
                 self.logger.log(Severity.ERROR, "operation not permitted\nwhen stream is capturing")
@@ -520,7 +520,7 @@ class FakeContext(Object):
         def compute() -> None:
             context = me()
             if context is None or context.state != state:
-                world.wrong("a graph launched after its context had changed")
+                world.record_misuse("a graph launched after its context had changed")
             pixels = world.buffer(world.memory, source, size).reshape(shape)
             world.buffer(world.memory, target, size // 3)[:] = pixels[..., 0].reshape(-1)
 
@@ -587,7 +587,7 @@ def photos(count: int, height: int = H, width: int = W) -> np.ndarray:
 
 @pytest.mark.parametrize("low", [1, 3])
 @pytest.mark.parametrize("high", [3, 4])
-def test_any_number_of_photos_is_run_in_pieces_and_filled_up(
+def test_any_number_of_photos_is_run_in_padded_batches(
     library: str, low: int, high: int, tmp_path: Path, world: World
 ) -> None:
     made = content((low, H, W, 3), (high, H, W, 3))
@@ -600,7 +600,7 @@ def test_any_number_of_photos_is_run_in_pieces_and_filled_up(
         assert {memory.size for memory in world.memory.values()} == {high * H * W * 3, high * H * W}
 
 
-def test_an_engine_of_one_batch_size_is_not_asked_for_its_profile(library: str, tmp_path: Path) -> None:
+def test_a_fixed_batch_engines_profile_is_not_queried(library: str, tmp_path: Path) -> None:
     made = content((2, H, W, 3), (2, H, W, 3))
     with open_engine(tmp_path, library, made) as engine:
         batch = photos(5)
@@ -618,7 +618,7 @@ def test_a_dynamic_size_runs_within_the_profile(library: str, tmp_path: Path) ->
             engine.run(photos(1, 64, 64))
 
 
-def test_what_fills_a_batch_up_is_its_last_photo(library: str, tmp_path: Path, world: World) -> None:
+def test_batches_are_padded_with_the_last_photo(library: str, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, library, content((4, H, W, 3), (4, H, W, 3))) as engine:
         batch = photos(2)
         engine.run(photos(4))
@@ -628,7 +628,7 @@ def test_what_fills_a_batch_up_is_its_last_photo(library: str, tmp_path: Path, w
 
 
 @pytest.mark.parametrize("name", ["set_input_shape", "execute_async_v3", "cudaMemcpyAsync"])
-def test_after_a_call_that_failed_the_next_one_is_right(library: str, name: str, tmp_path: Path, world: World) -> None:
+def test_a_call_after_a_failed_one_is_correct(library: str, name: str, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, library) as engine:
         for count in (2, 1, 1, 2, 2):
             world.fail_names = {name}
@@ -644,7 +644,7 @@ def test_after_a_call_that_failed_the_next_one_is_right(library: str, name: str,
             np.testing.assert_array_equal(engine.run(photos(3)), photos(3)[..., 0])
 
 
-def test_results_are_the_callers_own(library: str, tmp_path: Path) -> None:
+def test_results_are_not_shared_buffers(library: str, tmp_path: Path) -> None:
     batch = photos(2)
     with open_engine(tmp_path, library) as engine:
         first = engine.run(batch)
@@ -656,7 +656,7 @@ def test_results_are_the_callers_own(library: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept, batch[..., 0])
 
 
-def test_memory_layout_does_not_matter_and_the_input_stays(library: str, tmp_path: Path) -> None:
+def test_memory_layout_does_not_matter_and_input_is_not_modified(library: str, tmp_path: Path) -> None:
     batch = np.asfortranarray(photos(3))
     before = batch.copy()
     with open_engine(tmp_path, library) as engine:
@@ -665,7 +665,7 @@ def test_memory_layout_does_not_matter_and_the_input_stays(library: str, tmp_pat
     np.testing.assert_array_equal(batch, before)
 
 
-def test_a_batch_that_does_not_fit_is_refused(library: str, tmp_path: Path) -> None:
+def test_a_batch_of_another_shape_is_rejected(library: str, tmp_path: Path) -> None:
     with open_engine(tmp_path, library) as engine:
         for batch in (photos(1).astype(np.float32), photos(1)[0], photos(0), photos(1, 32, 32), photos(1, 15, 32)):
             with pytest.raises(UsageError):
@@ -673,7 +673,7 @@ def test_a_batch_that_does_not_fit_is_refused(library: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("device", [0, 1])
-def test_eight_threads_take_turns_on_the_right_gpu(library: str, device: int, tmp_path: Path, world: World) -> None:
+def test_eight_threads_take_turns_on_the_selected_gpu(library: str, device: int, tmp_path: Path, world: World) -> None:
     batches = [photos(count) for count in range(1, 7)]
     with open_engine(tmp_path, library, device=device) as engine, ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda i: engine.run(batches[i % 6]), range(120)))
@@ -683,7 +683,7 @@ def test_eight_threads_take_turns_on_the_right_gpu(library: str, device: int, tm
     assert world.misuse == []
 
 
-def test_an_engine_says_what_is_really_running(library: str, tmp_path: Path) -> None:
+def test_an_engine_describes_what_is_actually_running(library: str, tmp_path: Path) -> None:
     with open_engine(tmp_path, library, device=1, precision="tf32") as engine:
         info = engine.describe()
         assert engine.spec is SPEC
@@ -697,7 +697,7 @@ def test_an_engine_says_what_is_really_running(library: str, tmp_path: Path) -> 
 # -------------------------------------------------------------------------------------------------------- CUDA graphs
 
 
-def test_a_shape_that_comes_again_is_run_as_a_graph_made_once(fakes: None, tmp_path: Path, world: World) -> None:
+def test_a_repeated_shape_runs_as_a_graph_captured_once(fakes: None, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, "tensorrt") as engine:
         assert len(world.handles) == 1
         world.calls.clear()
@@ -715,7 +715,7 @@ def test_a_shape_that_comes_again_is_run_as_a_graph_made_once(fakes: None, tmp_p
 
 
 @pytest.mark.parametrize("invalidates", [True, False])
-def test_a_capture_that_is_refused_is_said_and_not_tried_again(
+def test_a_failed_capture_is_noted_and_not_retried(
     fakes: None, invalidates: bool, tmp_path: Path, world: World
 ) -> None:
     world.refuses_capture, world.invalidates_capture = True, invalidates
@@ -730,14 +730,14 @@ def test_a_capture_that_is_refused_is_said_and_not_tried_again(
 
 
 @pytest.mark.parametrize("name", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_a_graph_that_cuda_refuses_is_said(fakes: None, name: str, tmp_path: Path, world: World) -> None:
+def test_a_graph_rejected_by_cuda_is_noted(fakes: None, name: str, tmp_path: Path, world: World) -> None:
     world.fail_names = {name}
     with open_engine(tmp_path, "tensorrt") as engine:
         assert re.search(r"no CUDA graph \(cuda:0 cannot .*words of CUDA", engine.describe().provider)
         np.testing.assert_array_equal(engine.run(photos(1)), photos(1)[..., 0])
 
 
-def test_after_ctrl_c_during_the_capture_the_engine_still_works(
+def test_the_engine_works_after_ctrl_c_during_the_capture(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted() -> None:
@@ -778,14 +778,14 @@ def test_a_capture_that_ends_with_a_null_graph_leaves_no_error_behind(
         assert world.last_error == 0
 
 
-def test_tensorrt_for_rtx_makes_its_own(fakes: None, tmp_path: Path, world: World) -> None:
+def test_tensorrt_for_rtx_captures_graphs_itself(fakes: None, tmp_path: Path, world: World) -> None:
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         for _ in range(3):
             engine.run(photos(1))
     assert "cudaStreamBeginCapture" not in world.calls
 
 
-# ------------------------------------------------------------------------------------------------- the cache of kernels
+# ----------------------------------------------------------------------------------------------------- the kernel cache
 
 
 def kernels() -> list[Any]:
@@ -794,7 +794,7 @@ def kernels() -> list[Any]:
     return list(json.loads(entry.path.read_bytes()))
 
 
-def test_kernels_are_kept_as_soon_as_they_are_compiled_and_used_again(fakes: None, tmp_path: Path) -> None:
+def test_kernels_are_cached_once_compiled_and_reused(fakes: None, tmp_path: Path) -> None:
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
         assert engine.describe().notes == ("TensorRT for RTX: kernels compiled",)
         assert kernels() == [[1, H, W, 3]]
@@ -809,7 +809,7 @@ def test_kernels_are_kept_as_soon_as_they_are_compiled_and_used_again(fakes: Non
     assert len(cache.entries()) == 1
 
 
-def test_kernels_belong_to_an_engine_a_version_a_gpu_and_a_driver(
+def test_cached_kernels_are_keyed_by_engine_version_gpu_and_driver(
     fakes: None, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def count() -> int:
@@ -832,7 +832,7 @@ def test_kernels_belong_to_an_engine_a_version_a_gpu_and_a_driver(
     assert {key.name for key in keys if key} == {"toy"}
 
 
-def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp_path: Path) -> None:
+def test_kernels_rejected_by_the_library_are_noted_and_replaced(fakes: None, tmp_path: Path) -> None:
     open_engine(tmp_path, "tensorrt_rtx").close()
     (entry,) = cache.entries()
     assert entry.key
@@ -843,7 +843,7 @@ def test_kernels_that_the_library_refuses_are_said_and_replaced(fakes: None, tmp
     assert kernels() == [[1, H, W, 3]]
 
 
-def test_kernels_at_which_the_library_raises_are_said_and_compiled_again(
+def test_kernels_on_which_the_library_raises_are_noted_and_recompiled(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raises(self: FakeRuntimeCache, blob: bytes) -> bool:
@@ -857,7 +857,7 @@ def test_kernels_at_which_the_library_raises_are_said_and_compiled_again(
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
 
 
-def test_kernels_that_the_library_does_not_give_are_said_and_everything_is_freed(
+def test_kernels_that_cannot_be_serialized_are_noted_and_everything_is_freed(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     def raises(self: FakeRuntimeCache) -> bytearray:
@@ -871,7 +871,7 @@ def test_kernels_that_the_library_does_not_give_are_said_and_everything_is_freed
     world.check_clean()
 
 
-def test_what_is_closed_is_freed_even_if_its_kernels_are_interrupted(
+def test_closing_frees_everything_even_if_saving_kernels_is_interrupted(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     def interrupted(self: FakeRuntimeCache) -> bytearray:
@@ -884,7 +884,7 @@ def test_what_is_closed_is_freed_even_if_its_kernels_are_interrupted(
     assert world.memory == {}
 
 
-def test_kernels_that_were_changed_never_reach_the_library(fakes: None, tmp_path: Path) -> None:
+def test_modified_kernels_are_never_passed_to_the_library(fakes: None, tmp_path: Path) -> None:
     open_engine(tmp_path, "tensorrt_rtx").close()
     (entry,) = cache.entries()
     entry.path.write_text("[[2, 16, 32, 3]]")
@@ -894,7 +894,7 @@ def test_kernels_that_were_changed_never_reach_the_library(fakes: None, tmp_path
     assert kernels() == [[1, H, W, 3]]
 
 
-def test_a_cache_that_cannot_be_used_costs_nothing_but_time_and_is_said(fakes: None, tmp_path: Path) -> None:
+def test_an_unusable_cache_is_noted_and_only_costs_time(fakes: None, tmp_path: Path) -> None:
     folder = cache.cache_folder()
     assert folder
     folder.parent.mkdir(parents=True)
@@ -907,7 +907,7 @@ def test_a_cache_that_cannot_be_used_costs_nothing_but_time_and_is_said(fakes: N
     assert engine.describe().notes == notes
 
 
-def test_without_a_cache_kernels_are_not_kept(
+def test_without_a_cache_kernels_are_not_saved(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     monkeypatch.setenv(cache.VARIABLE, "")
@@ -916,7 +916,7 @@ def test_without_a_cache_kernels_are_not_kept(
     assert "create_runtime_cache" not in world.calls
 
 
-def test_tensorrt_has_no_kernels_to_keep(fakes: None, tmp_path: Path) -> None:
+def test_tensorrt_has_no_kernel_cache(fakes: None, tmp_path: Path) -> None:
     with open_engine(tmp_path, "tensorrt") as engine:
         assert engine.describe().provider == "NVIDIA Toy, CUDA graph"
     assert cache.entries() == []
@@ -968,7 +968,7 @@ def opened(artifact: Artifact, library: str, **options: Any) -> TensorRTEngine:
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 
 
-def test_an_onnx_file_is_compiled_once_for_the_gpu_that_is_asked_for(
+def test_an_onnx_file_is_compiled_once_for_the_requested_gpu(
     library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx")
@@ -992,7 +992,7 @@ def test_an_onnx_file_is_compiled_once_for_the_gpu_that_is_asked_for(
     assert len(factory.asked) == 1
 
 
-def test_another_gpu_driver_version_or_model_is_compiled_for_itself(
+def test_each_gpu_driver_version_and_model_is_compiled_separately(
     library: str,
     factory: Factory,
     toy: Callable[..., Artifact],
@@ -1018,7 +1018,7 @@ def test_another_gpu_driver_version_or_model_is_compiled_for_itself(
     assert compilations(artifact) == (4, "")
 
 
-def test_a_cached_engine_that_the_library_refuses_is_compiled_again(
+def test_a_cached_engine_rejected_by_the_library_is_recompiled(
     library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx")
@@ -1037,7 +1037,7 @@ def test_a_cached_engine_that_the_library_refuses_is_compiled_again(
     assert len(factory.asked) == 3
 
 
-def test_without_its_gpu_nothing_is_compiled(
+def test_without_the_gpu_nothing_is_compiled(
     library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx")
@@ -1049,7 +1049,7 @@ def test_without_its_gpu_nothing_is_compiled(
     assert factory.asked == []
 
 
-def test_a_file_that_changes_while_it_is_loaded_is_not_compiled_under_a_wrong_name(
+def test_a_file_changed_while_loading_is_not_cached_under_a_wrong_key(
     library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx")
@@ -1062,7 +1062,7 @@ def test_a_file_that_changes_while_it_is_loaded_is_not_compiled_under_a_wrong_na
     assert (factory.asked, cache.entries()) == ([], [])
 
 
-def test_a_graph_that_tensorrt_cannot_take_goes_to_the_next_engine(
+def test_a_graph_unsupported_by_tensorrt_goes_to_the_next_engine(
     factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(graph: bytes, profile: Any, *, library: Any, **_: Any) -> None:
@@ -1081,7 +1081,7 @@ def test_a_graph_that_tensorrt_cannot_take_goes_to_the_next_engine(
             load_engine(artifact, name)
 
 
-def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
+def test_an_engine_is_compiled_for_the_requested_size(
     library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path
 ) -> None:
     artifact = toy(tmp_path / "toy.onnx", dynamic_size=True)
@@ -1093,16 +1093,16 @@ def test_an_engine_is_compiled_for_the_size_that_is_asked_for(
         assert factory.asked[-1]["profile"].maximum == (8, *largest, 3)
         best = size if size == (96, 16) else (H, W)  # an engine built for a single large size is tuned for it
         assert factory.asked[-1]["profile"].optimum == (1, *best, 3)
-    assert len(factory.asked) == 2, "what lies within the usual room shares an engine"
+    assert len(factory.asked) == 2, "sizes within the usual profile share an engine"
 
 
-def test_a_compiled_file_that_is_too_small_says_so_when_it_is_loaded(library: str, tmp_path: Path) -> None:
+def test_a_compiled_file_for_smaller_sizes_fails_when_it_is_loaded(library: str, tmp_path: Path) -> None:
     spec = ModelSpec(name="toy", height=H, width=W, dynamic_size=True)
     with pytest.raises(UsageError, match="built for photos of 16 x 16 to 48 x 64, not of 64 x 64"):
         open_engine(tmp_path, library, content((1, 16, 16, 3), (2, 48, 64, 3)), spec, size=(64, 64))
 
 
-def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_path: Path) -> None:
+def test_a_compiled_file_is_loaded_unchanged(library: str, factory: Factory, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     path.write_text(json.dumps(content()))
     environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
@@ -1114,7 +1114,7 @@ def test_a_compiled_file_is_loaded_as_it_is(library: str, factory: Factory, tmp_
 
 
 @pytest.mark.tensorrt
-def test_the_builder_of_tensorrt_for_rtx_and_the_cache_fit_together(
+def test_the_tensorrt_for_rtx_builder_works_with_the_cache(
     fakes: None, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the GPU is fake: the engine is built for the GPU that it reports, and the cached bytes are loaded."""
@@ -1140,7 +1140,7 @@ def test_the_builder_of_tensorrt_for_rtx_and_the_cache_fit_together(
     assert entry.key.settings["profile"] == entry.environment["profile"]
 
 
-# ------------------------------------------------------------------------------------------------------------ freeing
+# -------------------------------------------------------------------------------------------------- freeing resources
 
 
 def scenario(folder: Path, library: str) -> None:
@@ -1152,7 +1152,7 @@ def scenario(folder: Path, library: str) -> None:
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["refuses", "raises"])
-def test_whatever_fails_it_is_an_error_of_ours_and_all_is_freed(
+def test_any_failure_is_a_petseg_error_and_everything_is_freed(
     library: str, raises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = Stand.world
@@ -1189,7 +1189,7 @@ def test_whatever_fails_it_is_an_error_of_ours_and_all_is_freed(
 
 
 @pytest.mark.parametrize("name", ["cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaGraphExecDestroy"])
-def test_what_cannot_be_freed_is_said_once_and_the_rest_is_freed(
+def test_a_failure_to_free_is_reported_once_and_the_rest_is_freed(
     fakes: None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World()
@@ -1205,7 +1205,7 @@ def test_what_cannot_be_freed_is_said_once_and_the_rest_is_freed(
     assert (world.misuse, set(world.objects)) == ([], set())
 
 
-def test_what_cannot_be_freed_does_not_hide_the_error_that_came_first(
+def test_a_failure_to_free_does_not_hide_the_first_error(
     fakes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World()
@@ -1217,7 +1217,7 @@ def test_what_cannot_be_freed_does_not_hide_the_error_that_came_first(
     assert world.memory
 
 
-def test_a_closed_engine_says_so_and_may_be_closed_again(library: str, tmp_path: Path, world: World) -> None:
+def test_a_closed_engine_raises_and_can_be_closed_again(library: str, tmp_path: Path, world: World) -> None:
     engine = open_engine(tmp_path, library)
     engine.run(photos(1))
     engine.close()
@@ -1228,27 +1228,25 @@ def test_a_closed_engine_says_so_and_may_be_closed_again(library: str, tmp_path:
     assert engine.describe().device == "cuda:0"
 
 
-def test_an_engine_that_nobody_closed_is_freed_with_its_last_reference(
-    library: str, tmp_path: Path, world: World
-) -> None:
+def test_an_unclosed_engine_is_freed_with_its_last_reference(library: str, tmp_path: Path, world: World) -> None:
     engine = open_engine(tmp_path, library)
     assert world.memory
     del engine
     world.check_clean()
 
 
-def test_two_engines_do_not_know_of_each_other(library: str, tmp_path: Path) -> None:
+def test_two_engines_are_independent(library: str, tmp_path: Path) -> None:
     with open_engine(tmp_path, library) as one:
         with open_engine(tmp_path, library) as other:
             np.testing.assert_array_equal(other.run(photos(2)), photos(2)[..., 0])
         np.testing.assert_array_equal(one.run(photos(3)), photos(3)[..., 0])
 
 
-# ----------------------------------------------------------------------------------------------- what does not fit here
+# --------------------------------------------------------------------------------- engines that do not fit this machine
 
 
 @pytest.mark.parametrize("built", ["10.13.1.6", "10.12", "11.13.2.6", "10.13.2.60"])
-def test_another_version_is_refused_with_both_and_the_remedy(
+def test_another_version_is_rejected_with_both_versions_and_a_remedy(
     library: str, built: str, tmp_path: Path, world: World
 ) -> None:
     with pytest.raises(EngineError, match=rf"built with .* {re.escape(built)}, and {VERSION} is installed") as caught:
@@ -1259,7 +1257,7 @@ def test_another_version_is_refused_with_both_and_the_remedy(
     assert "deserialize_cuda_engine" not in world.calls
 
 
-def test_a_version_may_leave_out_the_build(library: str, tmp_path: Path) -> None:
+def test_a_version_may_omit_the_build_number(library: str, tmp_path: Path) -> None:
     open_engine(tmp_path, library, environment={"version": "10.13.2"}).close()
 
 
@@ -1269,7 +1267,7 @@ def test_an_engine_for_this_gpu_is_loaded(library: str, targets: object, tmp_pat
 
 
 @pytest.mark.parametrize("targets", ["8.6", ["7.5", "9.0"]])
-def test_another_gpu_is_refused_with_both_and_the_remedy(
+def test_another_gpu_is_rejected_with_both_gpus_and_a_remedy(
     library: str, targets: str | list[str], tmp_path: Path, world: World
 ) -> None:
     named = targets if isinstance(targets, str) else ", ".join(targets)
@@ -1279,14 +1277,14 @@ def test_another_gpu_is_refused_with_both_and_the_remedy(
 
 
 @pytest.mark.parametrize("environment", [{"version": None}, {"version": ""}, {"compute_capability": None}])
-def test_an_environment_that_does_not_say_is_refused(
+def test_a_build_environment_with_missing_entries_is_rejected(
     library: str, environment: dict[str, object], tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="does not state what it was built for"):
         open_engine(tmp_path, library, environment=environment)
 
 
-def test_a_library_that_is_neither_is_refused(fakes: None, tmp_path: Path) -> None:
+def test_an_unknown_library_is_rejected(fakes: None, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="built with 'torch'; tensorrt or tensorrt_rtx is expected"):
         open_engine(tmp_path, "torch")
 
@@ -1300,7 +1298,7 @@ def test_a_library_that_is_neither_is_refused(fakes: None, tmp_path: Path) -> No
         (13000, 2, -1, "there is no GPU cuda:-1"),
     ],
 )
-def test_no_such_gpu(
+def test_a_nonexistent_gpu_is_an_error(
     library: str, driver: int, devices: int, device: int, message: str, tmp_path: Path, world: World
 ) -> None:
     world.driver, world.devices = driver, devices
@@ -1321,13 +1319,13 @@ def test_a_driver_that_is_too_old_has_two_remedies(
     assert f"pip install {NAMES[library]}-cu12 'cuda-bindings<13'" in str(caught.value)
 
 
-def test_no_memory_is_said_with_its_size(library: str, tmp_path: Path, world: World) -> None:
+def test_out_of_memory_is_reported_with_the_size(library: str, tmp_path: Path, world: World) -> None:
     world.fail_names = {"cudaHostAlloc"}
     with pytest.raises(EngineError, match=f"cuda:0 cannot allocate {4 * H * W * 3} bytes of page-locked memory"):
         open_engine(tmp_path, library)
 
 
-def test_what_is_not_installed_is_named_with_its_extra(
+def test_a_missing_package_is_named_with_its_extra(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra = "trt" if library == "tensorrt" else "rtx"
@@ -1355,7 +1353,7 @@ def test_what_is_not_installed_is_named_with_its_extra(
         "raise ModuleNotFoundError('cannot open shared object file', name='tensorrt_libs')",
     ],
 )
-def test_what_is_installed_but_broken_is_an_error_with_the_reason(
+def test_a_broken_package_is_an_error_with_the_reason(
     library: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / f"{library}.py").write_text(line)
@@ -1367,7 +1365,7 @@ def test_what_is_installed_but_broken_is_an_error_with_the_reason(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_damaged_file_is_an_error_with_what_the_library_logged(library: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_with_the_librarys_log(library: str, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     path.write_bytes(b"\x00 garbage")
     environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
@@ -1380,7 +1378,7 @@ def test_a_damaged_file_is_an_error_with_what_the_library_logged(library: str, t
         TensorRTEngine(tmp_path / "missing.engine", SPEC, environment, precision="f32")
 
 
-def test_a_library_that_gives_no_reason_is_quoted_as_such(
+def test_a_library_error_without_a_reason_says_so(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if another program's logger had been registered first: a library uses only one.
@@ -1410,7 +1408,7 @@ IMAGE, PROBABILITY = ("INPUT", "UINT8", [-1, H, W, 3]), ("OUTPUT", "UINT8", [-1,
         ({"image": PROBABILITY, "probability": IMAGE}, "'image' is an output"),
     ],
 )
-def test_an_engine_that_breaks_the_contract_is_refused(
+def test_an_engine_that_violates_the_contract_is_rejected(
     library: str, tensors: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match=message) as caught:
@@ -1418,12 +1416,12 @@ def test_an_engine_that_breaks_the_contract_is_refused(
     assert str(caught.value).startswith(f"{tmp_path / 'toy.engine'}: ")
 
 
-def test_an_engine_of_another_size_than_its_spec_is_refused(library: str, tmp_path: Path) -> None:
+def test_an_engine_of_another_size_than_its_spec_is_rejected(library: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="built for photos of 32 x 32 to 32 x 32, not of 16 x 32"):
         open_engine(tmp_path, library, content((1, 32, 32, 3), (4, 32, 32, 3)))
 
 
-def test_importing_it_imports_neither_the_library_nor_cuda() -> None:
+def test_importing_the_module_imports_neither_the_library_nor_cuda() -> None:
     program = (
         "import sys, petseg_runtime.engines.tensorrt; print({*sys.modules} & {'tensorrt', 'tensorrt_rtx', 'cuda'})"
     )
@@ -1431,7 +1429,7 @@ def test_importing_it_imports_neither_the_library_nor_cuda() -> None:
     assert (done.stdout.strip(), done.stderr) == ("set()", "")
 
 
-# ------------------------------------------------------------------------------------------ the real libraries, if here
+# ------------------------------------------------------------------------------------- the real libraries, if installed
 
 
 def real(name: str) -> Any:
@@ -1450,7 +1448,7 @@ def has_gpu() -> bool:
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", [name for name in vars(FakeCudart) if name.startswith("cuda")])
-def test_the_stand_in_for_cuda_is_like_the_real_one(name: str) -> None:
+def test_the_cuda_fake_matches_the_real_module(name: str) -> None:
     mine, real_one = getattr(FakeCudart, name), getattr(real(CUDART), name)
     if isinstance(mine, int):
         assert mine == real_one
@@ -1476,7 +1474,7 @@ STANDS = {
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", STANDS)
-def test_the_stand_in_for_the_library_is_like_the_real_one(name: str, library: str) -> None:
+def test_the_library_fake_matches_the_real_module(name: str, library: str) -> None:
     trt = real(library)
     if name in ("IRuntimeConfig", "IRuntimeCache") and library == "tensorrt":
         pytest.skip("not used with TensorRT")
@@ -1491,7 +1489,7 @@ def test_the_stand_in_for_the_library_is_like_the_real_one(name: str, library: s
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_names_that_are_used_exist_in_the_real_library(library: str) -> None:
+def test_the_names_used_exist_in_the_real_library(library: str) -> None:
     trt = real(library)
     assert re.fullmatch(r"\d+(\.\d+)+", trt.__version__)
     for stand in (TensorIOMode, DataType, *((CudaGraphStrategy,) if library == "tensorrt_rtx" else ())):
@@ -1507,7 +1505,7 @@ def test_the_names_that_are_used_exist_in_the_real_library(library: str) -> None
 
 
 @pytest.mark.tensorrt
-def test_the_properties_of_a_real_gpu_have_the_fields_that_are_used() -> None:
+def test_a_real_gpus_properties_have_the_fields_used() -> None:
     properties = real(CUDART).cudaDeviceProp()
     assert (type(properties.name), type(properties.major), type(properties.minor)) == (bytes, int, int)
 
@@ -1547,7 +1545,7 @@ def build(library: str, path: Path) -> Any:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
-def test_without_a_gpu_the_real_library_is_an_error_that_says_so(library: str, tmp_path: Path) -> None:
+def test_the_real_library_without_a_gpu_gives_a_clear_error(library: str, tmp_path: Path) -> None:
     trt = real(library)
     real(CUDART)
     (tmp_path / "toy.engine").write_bytes(b"never read")
@@ -1559,7 +1557,7 @@ def test_without_a_gpu_the_real_library_is_an_error_that_says_so(library: str, t
 
 
 @pytest.mark.tensorrt
-def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Path) -> None:
+def test_the_real_library_uses_our_logger_and_returns_bytes(tmp_path: Path) -> None:
     # What works of the real library without a GPU: its logger, a rejected file, and the memory of a built engine.
     trt = build("tensorrt_rtx", tmp_path / "toy.engine")
     assert (tmp_path / "toy.engine").stat().st_size > 1000
@@ -1574,7 +1572,7 @@ def test_the_real_library_logs_to_us_and_gives_its_memory_as_bytes(tmp_path: Pat
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
-def test_a_real_engine_on_a_real_gpu(library: str, tmp_path: Path) -> None:
+def test_a_real_engine_runs_on_a_real_gpu(library: str, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     trt = build(library, path)
     environment = {"library": library, "version": trt.__version__, "compute_capability": "portable"}
