@@ -45,7 +45,7 @@ from petseg_runtime.signals import EXITS
 
 __all__ = ["FEW", "RunPhotos", "loader", "workers_of"]
 
-#: With fewer validation photos than this, a warning is given. With the embedded model and 242 photos, from which a few
+#: With fewer validation photos than this, a warning is given. With the built-in model and 242 photos, from which a few
 #: were drawn 400 times, the threshold that is best on the few cost on average 0.8 points of IoU on the others for 5
 #: photos, 0.2 for 20, and 0.1 for 50. The IoU of the few, by which the best epoch is chosen, had a standard deviation
 #: of 7, 3.5 and 2 points.

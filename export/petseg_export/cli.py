@@ -43,7 +43,7 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
     help="A photo shows a pet if at least this share of its pixels with a probability of 0.5 or more reaches 0.98.  "
     "[default: the checkpoint's, if any]",
 )
-@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the bundled samples]")
+@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: petseg's sample photos]")
 @click.option(
     "--split",
     type=click.Choice(["val", "test"]),

@@ -244,7 +244,7 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         line: The engine and the type of device.
         gpus: The NVIDIA GPUs of this machine; without any, engines that need one are not tried.
         device: One device of that type ("cuda:1"); "": the first one.
-        model: The file; None: the embedded model, which has a parity record.
+        model: The file; None: the built-in model, which has a parity record.
     """
     packages = _packages_of(line.module)
     check = EngineCheck(

@@ -73,7 +73,7 @@ def plain(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(1500)  # thirty processes, half of which train or export: on a slow and busy machine, minutes
-@pytest.mark.parametrize("training", [False, True], ids=["the model that ships", "models of one's own"])
+@pytest.mark.parametrize("training", [False, True], ids=["the built-in model", "models of one's own"])
 def test_the_commands_run_in_their_order(home: Path, forks: Any, training: bool) -> None:
     lines = [
         line for block in blocks("sh") if of_training(block) == training for line in block.splitlines() if line.strip()
