@@ -55,6 +55,7 @@ from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
+from petseg_runtime.text import counted
 
 __all__ = ["Exported", "export"]
 
@@ -185,12 +186,12 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
     shared = (receipt.quantization or {}).get(SHARED, 0) if has_labels else 0
     if shared is None:
         notes.append(
-            "int8 was tuned on another folder than --data, so it is not known whether photos of the parity test "
+            "int8 was chosen on another folder than --data, so it is not known whether photos of the parity test "
             "were among those; if they were, the loss of IoU is underestimated"
         )
     elif shared:
         notes.append(
-            f"int8 was tuned on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
+            f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
             "underestimated: choose other photos with --split test"
         )
     return tuple(notes)
@@ -345,8 +346,8 @@ class _Job:
         )
         if failures := [failure for row in rows for failure in row.failures]:
             raise ParityTolerance(
-                f"the traced ONNX graph ({stored}) does not match the checkpoint ({len(proof.names)} photos, FAILED): "
-                f"{'; '.join(failures)}"
+                f"the traced ONNX graph ({stored}) does not match the checkpoint "
+                f"({counted(len(proof.names), 'photo')}, FAILED): {'; '.join(failures)}"
             )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:

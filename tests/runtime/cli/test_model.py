@@ -66,7 +66,7 @@ def test_info_says_by_which_rule_a_pet_is_found(toy: Toy, tmp_path: Path, capsys
         (None, "the mask is not empty (no rule was chosen for this model)"),
     ):
         assert run(["info", str(toy(tmp_path / "toy.onnx", certain_share=share).path)]) == 0
-        assert f"a pet is found where  {said}\n" in capsys.readouterr().out
+        assert f"a pet is found if  {said}\n" in capsys.readouterr().out
 
 
 def test_info_tells_programs_everything(capsys: pytest.CaptureFixture[str]) -> None:
