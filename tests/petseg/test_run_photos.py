@@ -177,5 +177,5 @@ def test_too_few_validation_photos_are_warned_about(
     observer = Recorder()
     trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
     said = [f"only {FEW - 1} validation photos with a pet to choose the epoch and the threshold on"] if warned else []
-    assert [message.partition(" to ")[0] for message in trainer.photos.warnings] == said
+    assert [message.partition("; use ")[0] for message in trainer.photos.warnings] == said
     assert [m for m in observer.messages if m.startswith("warning: ")] == [f"warning: {w}" for w in trainer.warnings]
