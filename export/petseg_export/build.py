@@ -63,9 +63,9 @@ __all__ = ["Exported", "export"]
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans; few, because a scan holds all activations of the network in memory.
 SCANNED: Final = 8
-#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was tuned; None: not known.
+#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was chosen; None: not known.
 SHARED: Final = "judged_on_photos_of_the_receipt"
-#: Key in a receipt's ``quantization``: why int8 may have been tuned on training photos, or None.
+#: Key in a receipt's ``quantization``: why int8 may have been chosen on training photos, or None.
 DOUBT: Final = "doubt"
 #: Photos of the test at a second size, for a graph with dynamic height and width.
 ANOTHER_SIZE: Final = 3
