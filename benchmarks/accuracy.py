@@ -1,4 +1,4 @@
-"""Accuracy of the shipped model in every CPU engine and precision, on all test sets, compared with other networks.
+"""Accuracy of the built-in model in every CPU engine and precision, on all test sets, compared with other networks.
 
     python -m benchmarks accuracy --data data --isnet isnet.onnx
 
@@ -6,8 +6,8 @@ The metrics are those of ``petseg evaluate``, with all three readings of the bor
 validation photos, one for each reading: the model's default (border as background), its lower one for cutouts (border
 as pet), and one for an ignored border. The checkpoint runs in PyTorch on all photos. The engines run on a seeded subset
 of a large set, and are compared with the checkpoint on the same photos: the engines differ by a hundredth of what other
-photos would change. The int8 file does not ship: it is exported here unless ``--int8`` names one. ISNet
-(benchmarks/peers/isnet.py) takes seconds a photo, so it runs on a seeded subset of each set, and so does the shipped
+photos would change. The int8 file is not built in: it is exported here unless ``--int8`` names one. ISNet
+(benchmarks/peers/isnet.py) takes seconds a photo, so it runs on a seeded subset of each set, and so does the built-in
 model for that comparison. ISNet was not trained on these labels. Besides 0.5, it therefore gets, for each reading, the
 threshold that is best on the very photos it is measured on: no fair choice of a threshold could do better. LR-ASPP
 (rival.py), whose accuracy has a record of its own, is timed beside the model.
@@ -226,7 +226,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float]) -> dict[str, Any]:
-    """Compare ISNet with the shipped model, in the engine that ``auto`` chooses, on the same photos."""
+    """Compare ISNet with the built-in model, in the engine that ``auto`` chooses, on the same photos."""
     remover(np.zeros((1, SIZE, SIZE, 3), np.uint8))  # warm-up, as petseg's below: the first run is not timed
     theirs = Timed(remover)
     result = evaluate(theirs, pairs, SIZE, SIZE, batch=1)

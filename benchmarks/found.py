@@ -2,7 +2,7 @@
 
     python -m benchmarks found --data data --pet-free FOLDER
 
-The embedded model's rule has constants (`certain_share` in its specification, LIKELY in petseg_runtime/result.py and
+The built-in model's rule has constants (`certain_share` in its specification, LIKELY in petseg_runtime/result.py and
 CERTAIN in petseg_runtime/regions.py). They are chosen on the *choose* half: the validation photos of the merged set
 (see benchmarks/embedded/merge.py), pet-free crops of them, and one half of the pet-free photos. The rates are measured
 on the *report* half: test photos, their crops, and the other half. The test photos at their original size are also

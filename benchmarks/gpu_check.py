@@ -175,7 +175,7 @@ def command(*words: str) -> dict[str, Any]:
 
 
 def latency() -> dict[str, Any]:
-    """Run the latency benchmark: the bundled model in every engine and in PyTorch, on CPU and GPU, interleaved."""
+    """Run the latency benchmark: the built-in model in every engine and in PyTorch, on CPU and GPU, interleaved."""
     say(f"latency, {ROUNDS} rounds")
     # Not `python -m benchmarks`, which imports packages that only other benchmarks need. Without photos, only the speed
     # of int8 is measured.

@@ -1,7 +1,7 @@
 """Latency of the model in every engine that works here, compared with PyTorch and with the machine's matmul peak.
 
-Two networks are measured: the one that ships, and the published width with random weights, for speed only. For the
-shipped one, with one photo per run, each engine is first opened in a separate process to measure its cold start (from
+Two networks are measured: the built-in model's, and the published width with random weights, for speed only. For the
+built-in one, with one photo per run, each engine is first opened in a separate process to measure its cold start (from
 the file to the first output) and its memory.
 Then all engines run the same batch in turns (turns.py), round after round, interleaved with matmuls (roofline.py).
 If there is an NVIDIA GPU, engines and matmuls also have turns on it. Each engine is compared with PyTorch on the same
@@ -75,7 +75,7 @@ class Network:
 
     Attributes:
         name: A name for display.
-        width: Width of the attention U-Net; 0: the shipped model, with its weights, stem and size.
+        width: Width of the attention U-Net; 0: the built-in model, with its weights, stem and size.
         stem: Its stem.
         size: Height and width of the photo.
         batches: Photos per run.
@@ -91,7 +91,7 @@ class Network:
 
 
 NETWORKS: Final = (
-    Network("the model that ships", 0, "", 0, (1, 8), compiled=True),
+    Network("the built-in model", 0, "", 0, (1, 8), compiled=True),
     Network("width 64", 64, "full", 128, (1,)),
 )
 
@@ -141,7 +141,7 @@ class Opened:
 
 @click.command()
 @photos.data_option
-@click.option("--int8", type=click.Path(path_type=Path), help="The shipped model in int8.  [default: exported here]")
+@click.option("--int8", type=click.Path(path_type=Path), help="The built-in model in int8.  [default: exported here]")
 @click.option("--rounds", type=click.IntRange(1), default=11, show_default=True, help="Turns of each engine.")
 @click.option("--threads", type=click.IntRange(1), default=usable_cpus(), help="CPU threads.  [default: all]")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Measure torch.compile (30 s a network).")
@@ -173,7 +173,7 @@ def latency(
     command = f"python -m benchmarks latency --data DATA --rounds {rounds}"
     options = {"--int8 FILE": int8, "--no-compile": not compiled, "--no-family": not family}
     command = " ".join([command, *(option for option, given in options.items() if given)])
-    # The README's first table shows the shipped model with one photo per run.
+    # The README's first table shows the built-in model with one photo per run.
     click.echo(records.write("latency", command, {**first, **rest, "networks": others}, output))
 
 
@@ -240,7 +240,7 @@ def random_weights(network: Network, path: Path) -> ModelSpec:
 
 
 def ship_int8(folder: Path, data: Path, given: Path | None) -> str:
-    """Link the given int8 file of the shipped model, or export it as `petseg export` does; return how it was made."""
+    """Link the given int8 file of the built-in model, or export it as `petseg export` does; return how it was made."""
     from petseg_export import OnnxConfig, QuantizeConfig, export
 
     if given:

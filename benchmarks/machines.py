@@ -41,12 +41,12 @@ def machines() -> str:
 
 
 def earlier(columns: Sequence[Machine]) -> list[str]:
-    """Lines that name the other machines whose records are of an earlier embedded model; none if there are none."""
+    """Lines that name the other machines whose records are of an earlier built-in model; none if there are none."""
     now = records.shipped_model()
     old = [name_of(each) for each in columns[1:] if any(record.get("shipped_model") != now for record in each.values())]
     if not old:
         return []
-    return ["", f"With an earlier embedded model (speeds hold, masks differ): {'; '.join(old)}."]
+    return ["", f"With an earlier built-in model (speeds hold, masks differ): {'; '.join(old)}."]
 
 
 def every() -> list[Machine]:

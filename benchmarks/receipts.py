@@ -1,6 +1,6 @@
 """``python -m benchmarks receipts``: export a checkpoint to every format and precision, each with its parity receipt.
 
-    python -m benchmarks receipts edge petseg/weights/edge.safetensors --about "the embedded model" --data data
+    python -m benchmarks receipts edge petseg/weights/edge.safetensors --about "the built-in model" --data data
 
 The parity test uses test photos, on which nothing is tuned; int8 is calibrated on training photos and evaluated on
 validation photos of the merged set (see benchmarks/embedded/merge.py).

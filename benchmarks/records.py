@@ -146,7 +146,7 @@ def checkout() -> dict[str, Any]:
 
 
 def shipped_model() -> str:
-    """The bundled model: its name and the first digits of its digest."""
+    """The built-in model: its name and the first digits of its digest."""
     artifact = open_artifact(default_model())
     return f"{artifact.spec.name}, {artifact.identity[:12]}"
 

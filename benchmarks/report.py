@@ -20,7 +20,7 @@ class Section:
 
     Attributes:
         make: Returns the text.
-        of_the_model: Its records with figures of the embedded model. Those made with an earlier model are named below
+        of_the_model: Its records with figures of the built-in model. Those made with an earlier model are named below
             the text.
     """
 
@@ -79,10 +79,10 @@ def rendered(text: str, sections: Mapping[str, Section], page: str) -> str:
 
 
 def earlier(names: tuple[str, ...]) -> str:
-    """Returns a note on the records that were made with an earlier embedded model, or an empty string."""
+    """Returns a note on the records that were made with an earlier built-in model, or an empty string."""
     now = records.shipped_model()
     found = [name for name in names if records.load(name).get("shipped_model") != now]
-    return f"\n\nMeasured with an earlier embedded model: {', '.join(found)}." if found else ""
+    return f"\n\nMeasured with an earlier built-in model: {', '.join(found)}." if found else ""
 
 
 @click.command()

@@ -3,10 +3,10 @@
     python -m benchmarks rival --data data --output runs/rival --teacher petseg/weights/edge.safetensors --epochs 42
 
 It sees the same photos, targets, augmentation, schedule and teacher as the edge network (recipe ``edge``), for
-``--epochs`` epochs. Its thresholds are chosen like the bundled model's: one for each reading of the border, on the same
-validation photos. The test photos are used for the figures only.
+``--epochs`` epochs. Its thresholds are chosen like the built-in model's: one for each reading of the border, on the
+same validation photos. The test photos are used for the figures only.
 
-``python -m benchmarks accuracy`` measures its time, interleaved with the bundled model's and exported to the same
+``python -m benchmarks accuracy`` measures its time, interleaved with the built-in model's and exported to the same
 engines, so that both are from the same machine and day. It uses random weights, which are as fast as trained ones.
 """
 
@@ -135,7 +135,7 @@ def measured(path: Path, kind: type[AttentionUNet], data: Path) -> dict[str, Any
 
 
 def timed_beside(size: int = SIZE, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Measure milliseconds per photo in each engine, with petseg's export, interleaved with the bundled model."""
+    """Measure milliseconds per photo in each engine, with petseg's export, interleaved with the built-in model."""
     spec = ModelSpec(name=NAME, height=size, width=size)
     graph = graph_bytes(DeployedUNet(LrAspp().eval()), spec)
     with contextlib.ExitStack() as stack:

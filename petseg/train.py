@@ -54,6 +54,7 @@ from petseg_runtime import __version__
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss
 from petseg_runtime.signals import EXITS, handled
+from petseg_runtime.text import counted
 
 __all__ = ["Step", "Trainer"]
 
@@ -560,7 +561,7 @@ class Trainer:
             self.warnings += before
         for warning in before:
             self.observer.started(f"warning: {warning}")
-        self.observer.started(f"resumed at step {self.state.step}")
+        self.observer.started(f"resumed at step {self.state.step}" + (", the last one" if self.finished else ""))
         if self.ranks.first:
             self._repair_after_crash()
 
@@ -621,7 +622,7 @@ class Trainer:
         if self.ranks.size > 1:
             say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of each batch per process")
         listed = f", listed in {VAL_LISTING}; data.val_fraction is ignored" if "val_names" in self.meta["data"] else ""
-        say(f"{len(self.photos.train)} photos to train on, {len(self.photos.val)} for validation{listed}")
+        say(f"{counted(len(self.photos.train), 'photo')} to train on, {len(self.photos.val)} for validation{listed}")
         if workers := self.loader.num_workers:
             say(f"{workers} dataloader workers augment them")
         if skipped := self.photos.train.skipped_empty:

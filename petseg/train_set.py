@@ -22,6 +22,7 @@ from petseg.data import Pair, mask_digest, resize_trimap, usable
 from petseg.metrics import BACKGROUND, BORDER, PET
 from petseg_runtime import images
 from petseg_runtime.errors import DataError, OutputError, UsageError
+from petseg_runtime.text import counted
 
 __all__ = [
     "UNKNOWN",
@@ -218,7 +219,7 @@ def check_batch(photos: int, batch: int, ranks: int = 1) -> None:
         raise UsageError(f"batch is {batch}; it must be a multiple of the {ranks} processes that share it")
     if photos < batch:
         remedy = "use a smaller --batch" if photos >= max(2, ranks) else f"{max(2, ranks)} or more are needed"
-        raise DataError(f"{photos} photos to train on, but a batch takes {batch}; {remedy}")
+        raise DataError(f"{counted(photos, 'photo')} to train on, but a batch takes {batch}; {remedy}")
 
 
 class EpochSampler(Sampler[list[int]]):

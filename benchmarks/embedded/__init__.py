@@ -1,1 +1,1 @@
-"""How the embedded model was made: training cycles, a teacher, and the script that bundles a checkpoint."""
+"""How the built-in model was made: training cycles, a teacher, and the script that puts a checkpoint in its place."""

@@ -1,4 +1,4 @@
-"""Measure the accuracy of the bundled model file on both test sets.
+"""Measure the accuracy of the built-in model file on both test sets.
 
     python -m benchmarks embedded --data data
 
@@ -27,7 +27,7 @@ RECORDS = {"embedded-test-128": COPIES, "embedded-test-native": NATIVE}
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the two data sets.")
 def embedded(data: Path) -> None:
-    """Measure the accuracy of the embedded model."""
+    """Measure the accuracy of the built-in model."""
     command = "python -m benchmarks embedded --data DATA"
     lower = threshold_ignoring_border(data)
     for name, folder in RECORDS.items():

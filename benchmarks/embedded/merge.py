@@ -1,4 +1,4 @@
-"""Collect the trainval photos at the largest available size, for the second stage of the embedded model.
+"""Collect the trainval photos at the largest available size, for the second stage of the built-in model.
 
     python -m benchmarks.embedded.merge data data/oxford-iiit-pet-best
 

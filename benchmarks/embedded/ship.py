@@ -1,12 +1,12 @@
-"""Make a checkpoint the embedded model: export it with its parity test, measure it, and record it.
+"""Make a checkpoint the built-in model: export it with its parity test, measure it, and record it.
 
     python -m benchmarks.embedded.ship runs/edge3/best.safetensors --data data --run runs/edge2 --run runs/edge3
 
 The file is exported once, measured, and exported again with the measured figures in its provenance; its identity (the
 digest without metadata) must not change. The threshold of whether a photo shows a pet (``certain_share``) stays that
-of the current bundled model; ``python -m benchmarks found`` measures it. The training runs, first to last, are recorded
-with their times and results (``results/training/edge.json``); with ``--on-from-shipped`` after those of the current
-model.
+of the present built-in model; ``python -m benchmarks found`` measures it. The training runs, first to last, are
+recorded with their times and results (``results/training/edge.json``); with ``--on-from-shipped`` after those of the
+present model.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ WEIGHTS = records.ROOT / "petseg" / "weights" / "edge.safetensors"
     multiple=True,
     help="Folder of a training run that led to CHECKPOINT; repeatable, in order.",
 )
-@click.option("--on-from-shipped", is_flag=True, help="The first of these runs started from the current bundled model.")
+@click.option("--on-from-shipped", is_flag=True, help="The first of these runs began with the present built-in model.")
 @click.pass_context
 def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path, ...], on_from_shipped: bool) -> None:
-    """Make CHECKPOINT the embedded model."""
+    """Make CHECKPOINT the built-in model."""
     taken = trained(runs)  # before anything is replaced: this exits if a folder holds no run
     WEIGHTS.parent.mkdir(exist_ok=True)
     if checkpoint.resolve() != WEIGHTS:
@@ -82,8 +82,8 @@ def ship(context: click.Context, checkpoint: Path, data: Path, runs: tuple[Path,
         noted = dataclasses.replace(config, output=default_model(), notes={"measured": measured})
         receipt = export(WEIGHTS, noted).receipt
         if open_artifact(default_model()).identity != open_artifact(first).identity:
-            raise SystemExit("the two exports differ: the measured file is not the bundled one")
-    if taken:  # at the end, because a record names the bundled model
+            raise SystemExit("the two exports differ: the measured file is not the built-in one")
+    if taken:  # at the end, because a record names the built-in model
         before = records.load("training/edge")["runs"] if on_from_shipped else []
         options = "".join(f" --run {run.name}" for run in runs) + (" --on-from-shipped" if on_from_shipped else "")
         command = f"python -m benchmarks.embedded.ship CHECKPOINT --data DATA{options}"

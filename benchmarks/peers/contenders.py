@@ -122,7 +122,7 @@ def ours(python: Path) -> Iterator[Contender]:
         size, needs = (spec.height, spec.width), (f"petseg[{ENGINES[name].extra}]",)
         for how, run in (("petseg infer FOLDER", command), (PLAIN, plain)):
             title = f"petseg, {backend}" + (f", {how}" if how == PLAIN else "")
-            yield Contender(title, how, engine, size, "the embedded model", run, "petseg", needs)
+            yield Contender(title, how, engine, size, "the built-in model", run, "petseg", needs)
 
 
 def theirs(python: Path) -> Iterator[Contender]:

@@ -55,6 +55,7 @@ from petseg_runtime.host import nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
+from petseg_runtime.text import counted
 
 __all__ = ["Exported", "export"]
 
@@ -62,9 +63,9 @@ __all__ = ["Exported", "export"]
 TRAVELLING: Final = SMOKE
 #: Photos of the activation scans; few, because a scan holds all activations of the network in memory.
 SCANNED: Final = 8
-#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was tuned; None: not known.
+#: Key in a receipt's ``quantization``: on how many of the receipt's photos int8 was chosen; None: not known.
 SHARED: Final = "judged_on_photos_of_the_receipt"
-#: Key in a receipt's ``quantization``: why int8 may have been tuned on training photos, or None.
+#: Key in a receipt's ``quantization``: why int8 may have been chosen on training photos, or None.
 DOUBT: Final = "doubt"
 #: Photos of the test at a second size, for a graph with dynamic height and width.
 ANOTHER_SIZE: Final = 3
@@ -190,7 +191,7 @@ def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
         )
     elif shared:
         notes.append(
-            f"int8 was tuned on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
+            f"int8 was chosen on {shared} of the {receipt.photos} photos of the parity test, so the loss of IoU is "
             "underestimated: choose other photos with --split test"
         )
     return tuple(notes)
@@ -345,8 +346,8 @@ class _Job:
         )
         if failures := [failure for row in rows for failure in row.failures]:
             raise ParityTolerance(
-                f"the traced ONNX graph ({stored}) does not match the checkpoint ({len(proof.names)} photos, FAILED): "
-                f"{'; '.join(failures)}"
+                f"the traced ONNX graph ({stored}) does not match the checkpoint "
+                f"({counted(len(proof.names), 'photo')}, FAILED): {'; '.join(failures)}"
             )
 
     def _quantized(self, graph: bytes, spec: ModelSpec) -> tuple[bytes, dict[str, Any]]:

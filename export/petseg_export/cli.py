@@ -16,7 +16,7 @@ from petseg_export.registry import FORMATS, check, why_not
 from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION, Finite, parse_size
 from petseg_runtime.errors import DataError
 from petseg_runtime.spec import PRECISIONS
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 __all__ = ["export"]
 
@@ -43,7 +43,7 @@ _OPTIONS: Final = {"compute_capabilities": "--compute-capability"}
     help="A photo shows a pet if at least this share of its pixels with a probability of 0.5 or more reaches 0.98.  "
     "[default: the checkpoint's, if any]",
 )
-@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: the bundled samples]")
+@click.option("--data", type=PATH, help="Photos for the parity test, and for int8.  [default: petseg's sample photos]")
 @click.option(
     "--split",
     type=click.Choice(["val", "test"]),
@@ -111,8 +111,13 @@ def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: boo
         click.echo(json.dumps({"file": str(done.path), "files": files, **receipt.as_dict()}, indent=2))
     elif not quiet:
         for file in done.files:
-            click.echo(f"{file} ({file.stat().st_size / 1e6:.1f} MB)")
-        click.echo(f"parity {receipt.kind}, {receipt.photos} photos" if receipt.rows else f"parity {receipt.summary}")
+            size = file.stat().st_size
+            click.echo(f"{file} ({size / 1e6:.1f} MB)" if size >= 1e5 else f"{file} ({size / 1e3:.1f} kB)")
+        from petseg_runtime.parity import SMOKE
+
+        few = f" (a full test needs {SMOKE})" if receipt.kind == "smoke" else ""
+        tested = f"{receipt.kind}, {counted(receipt.photos, 'photo')}{few}" if receipt.rows else receipt.summary
+        click.echo(f"parity {tested}")
         for row in receipt.rows:
             click.echo(f"  {row.summary}")
     return 0

@@ -93,7 +93,7 @@ class Photos:
 
 
 def choose(data: Path | None, split: str, count: int, seed: int, loaded: Checkpoint) -> list[Pair] | list[Path]:
-    """Choose the photos of the parity test: a random sample of a labelled split or of a folder, or the bundled samples.
+    """Choose the photos of the parity test: a random sample of a labelled split or of a folder, or petseg's samples.
 
     Raises:
         DataError: There are none.

@@ -9,7 +9,7 @@ import click
 
 from petseg.commands.console import progress_line
 from petseg_runtime.cli.text import PATH
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 __all__ = ["data"]
 
@@ -19,7 +19,7 @@ def data() -> None:
     """Download or check a data set."""
 
 
-@data.command()
+@data.command(short_help="Download the Oxford-IIIT Pet data set (0.8 GB).")
 @click.argument("folder", type=PATH)
 def download(folder: Path) -> int:
     """Download the Oxford-IIIT Pet data set (0.8 GB) into FOLDER and verify its checksums.
@@ -76,7 +76,7 @@ def check(folder: Path, split: str, as_json: bool, quiet: bool) -> int:
         for kind, names in findings.items():
             for name in names:
                 click.echo(f"{kind.replace('_', ' ')}: {shown(name)}")
-        counted = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in findings.items())
-        click.echo(", ".join(f"{number} pairs in {name}" for name, number in splits.items()))
-        click.echo(f"{report.pairs} pairs: {counted}: {'usable' if report.usable else 'not usable'}")
+        found = ", ".join(f"{len(names)} {kind.replace('_', ' ')}" for kind, names in findings.items())
+        click.echo(", ".join(f"{counted(number, 'pair')} in {name}" for name, number in splits.items()))
+        click.echo(f"{counted(report.pairs, 'pair')}: {found}: {'usable' if report.usable else 'not usable'}")
     return 0 if report.usable else DataError.exit_code

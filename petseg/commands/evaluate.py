@@ -16,7 +16,7 @@ from rich.table import Table
 from petseg.commands.console import check_writable, progress_line
 from petseg_runtime.cli.text import BACKEND, HELP, PATH, UNIT
 from petseg_runtime.errors import DataError, MissingExtra, OutputError, UsageError
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 if TYPE_CHECKING:
     from petseg.data import Pair, Split
@@ -38,7 +38,7 @@ __all__ = ["evaluate"]
 @click.option(
     "--threshold",
     type=UNIT,
-    help="Probability from which a pixel counts as pet, 0 to 1.  [default: the model's own]",
+    help="Probability from which a pixel counts as pet, 0 to 1.  [default: the model's]",
 )
 @click.option(
     "--backend", type=BACKEND, default="auto", show_default=True, help=f"{HELP['backend']} For exported files."
@@ -66,7 +66,7 @@ __all__ = ["evaluate"]
 @click.option("--output", type=PATH, help="Folder for evaluation.json, worst.png and per-photo images.csv.")
 @click.option("--report", type=PATH, help="Folder for report.html, a page that explains the result, and report.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics to stdout as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def evaluate(
     model: Path,
     root: Path,
@@ -275,11 +275,11 @@ def _lower_cut(record: dict[str, Any], model: OpenedModel) -> float | None:
 
 def _print_metrics(record: dict[str, Any]) -> None:
     bordered, cutout = _has_border(record), record.get("cutout")
-    table = Table(title=f"{record['photos']} photos, threshold {record['threshold']:.3f}")
+    table = Table(title=f"{counted(record['photos'], 'photo')}, threshold {record['threshold']:.3f}")
     table.add_column("border counts as" if bordered else "", no_wrap=not bordered)
     names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
+    for title in ("IoU", "Dice", "accuracy", "precision", "recall", "mean IoU per photo"):
+        table.add_column(title, justify="right")
     rows = record["readings"] if bordered else {"no border": record}
     if cutout:
         rows = {f"{record['threshold']:.3f} (masks)": record, f"{cutout['threshold']:.3f} (cutouts)": cutout}

@@ -127,7 +127,7 @@ def _ranked() -> Iterator[None]:
 @click.option("--resume", is_flag=True, help="Resume the run in --output.")
 @click.option("--tensorboard", is_flag=True, help="Write scalars and images for TensorBoard to --output/tensorboard.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the recipes, to stdout as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 def train(
     root: Path | None,
     output: Path | None,
@@ -377,14 +377,14 @@ def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Obse
 
         def step(self, state: RunState, loss: float, lr: float) -> None:
             rate = state.steps_summed * self.batch / max(state.seconds, 1e-9)
-            detail = f"loss {loss:.3f}  {rate:.0f} images/s"
+            detail = f"loss {loss:.3f}  {rate:.0f} photos/s"
             progress.update(self.task, completed=state.step, detail=detail, visible=True)
 
         def epoch(self, row: Row) -> None:
             if not quiet:
                 progress.console.print(
                     f"epoch {row.epoch}/{epochs}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}  "
-                    f"Dice {row.val_dice:.4f}  {row.images_per_s:.0f} images/s",
+                    f"Dice {row.val_dice:.4f}  {row.images_per_s:.0f} photos/s",
                     highlight=False,
                 )
 

@@ -87,7 +87,7 @@ class Artifact:
 
 
 def default_model() -> Path:
-    """The path of the model that ships with petseg."""
+    """The path of the built-in model."""
     return _MODELS / "edge.onnx"
 
 

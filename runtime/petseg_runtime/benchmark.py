@@ -28,6 +28,7 @@ from petseg_runtime.engines.base import Device, Engine, EngineInfo
 from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import Gpu, Host, host, usable_cpus
+from petseg_runtime.text import counted
 
 __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
 
@@ -160,7 +161,8 @@ def measure(
     with contextlib.ExitStack() as stack:
         load = functools.partial(_load, stack, artifact, threads=threads, batch=batch, cuda_graph=cuda_graph)
         for line in _lines(backends, device):
-            watch(f"trying {line.trying}")
+            if not doctor.not_tried(line, gpus):
+                watch(f"trying {line.trying}")
             which = "" if device == "auto" else device
             check = doctor.check_engine(line, gpus, which, artifact.path)
             if not check.works:
@@ -263,7 +265,7 @@ def _rounds(
     """Measure the engines in turn; an engine that fails is moved to ``failed``, with the reason."""
     photos = sample_batch(artifact, batch)
     for number in range(ROUNDS if runners else 0):
-        watch(f"round {number + 1} of {ROUNDS}: {len(runners)} engines")
+        watch(f"round {number + 1} of {ROUNDS}: {counted(len(runners), 'engine')}")
         for runner in list(runners):
             turn = seconds / ROUNDS / len(runners)
             try:

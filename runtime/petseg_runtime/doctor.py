@@ -35,6 +35,7 @@ __all__ = [
     "ask",
     "check_engine",
     "examine",
+    "not_tried",
     "probe",
     "read_gpus",
     "read_rule",
@@ -188,7 +189,8 @@ def examine(watch: Callable[[str], None] = lambda what: None) -> Examination:
     rule, no_rule = read_rule()
     checks = []
     for line in {(line.engine, line.device): line for line in rule}.values():
-        watch(line.trying)
+        if not not_tried(line, gpus):
+            watch(line.trying)
         checks.append(check_engine(line, gpus))
     devices = {}
     if _installed("openvino"):
@@ -237,6 +239,14 @@ def read_rule() -> tuple[tuple[RuleLine, ...], str]:
     return lines, f"no engine can be tried: {answer['error']}" if "error" in answer else ""
 
 
+def not_tried(line: RuleLine, gpus: Sequence[Gpu]) -> str:
+    """Why an engine is not tried at all: its GPU or its package is missing; "" if it is."""
+    there = _installed(line.module)
+    if line.device == "cuda" and not gpus:
+        return f"not tried: no NVIDIA GPU was found{'' if there else ', and the engine is not installed'}"
+    return "" if there else f"not installed: {install(line.extra)}"
+
+
 def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: Path | None = None) -> EngineCheck:
     """Load a model in one engine, and check whether its masks are right.
 
@@ -244,7 +254,7 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         line: The engine and the type of device.
         gpus: The NVIDIA GPUs of this machine; without any, engines that need one are not tried.
         device: One device of that type ("cuda:1"); "": the first one.
-        model: The file; None: the embedded model, which has a parity record.
+        model: The file; None: the built-in model, which has a parity record.
     """
     packages = _packages_of(line.module)
     check = EngineCheck(
@@ -255,11 +265,8 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         why="",
         run_by_us=line.run_by_us,
     )
-    if line.device == "cuda" and not gpus:
-        there = "" if _installed(line.module) else ", and the engine is not installed"
-        return dataclasses.replace(check, why=f"not tried: no NVIDIA GPU was found{there}")
-    if not _installed(line.module):
-        return dataclasses.replace(check, why=f"not installed: {install(line.extra)}")
+    if why := not_tried(line, gpus):
+        return dataclasses.replace(check, why=why)
     deadline, late = _DEADLINE if line.device == "cpu" else _DEADLINE_GPU, "it hangs"
     if line.compiles:
         asked = f"--backend {line.engine} --device {check.device}" + (f" --model {model}" if model else "")

@@ -54,7 +54,7 @@ def rule() -> dict[str, Any]:
 
 
 def auto() -> dict[str, Any]:
-    """The engine that ``auto`` loads the embedded model in."""
+    """The engine that ``auto`` loads the built-in model in."""
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.engines.registry import load_engine
 

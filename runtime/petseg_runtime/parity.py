@@ -24,6 +24,7 @@ from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import ModelError, ParityShapes, ParityTolerance, one_line
 from petseg_runtime.spec import ModelSpec, lowest_pet
+from petseg_runtime.text import counted
 
 __all__ = [
     "MAX_PROOF",
@@ -350,7 +351,7 @@ class Receipt:
         """The results in one line."""
         if not self.rows:
             return f"built, not run: {self.note}"
-        return f"{self.kind}, {self.photos} photos: " + "; ".join(row.summary for row in self.rows)
+        return f"{self.kind}, {counted(self.photos, 'photo')}: " + "; ".join(row.summary for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the receipt as JSON values, including the summary."""
@@ -499,7 +500,7 @@ def require(receipt: Receipt) -> None:
     if receipt.failures:
         good = [f"{row.precision} in {row.engine}" for row in receipt.rows if not row.failures]
         raise ParityTolerance(
-            f"the file's outputs differ too much from its checkpoint's ({receipt.photos} photos, FAILED): "
+            f"the file's outputs differ too much from its checkpoint's ({counted(receipt.photos, 'photo')}, FAILED): "
             + "; ".join(receipt.failures)
             + (
                 f". It passes in {', '.join(good)}: with --backend it is tested in one engine only, which then must "

@@ -111,7 +111,7 @@ class Segmentation:
         least ``certain_share`` are near-certain (p >= 0.98), and the mask is not empty. The size of the pet does not
         matter, nor does the threshold as long as some pixel reaches it.
 
-        The model that ships has a ``certain_share`` of a quarter. It was trained on photos with pets only: unfamiliar
+        The built-in model has a ``certain_share`` of a quarter. It was trained on photos with pets only: unfamiliar
         content makes it unsure, not silent. The runtime's README says how often the rule is wrong ("No pet here").
         Treat it as a hint, not as a classifier.
         """

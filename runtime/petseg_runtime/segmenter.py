@@ -134,7 +134,7 @@ class Segmenter:
         """Load a model.
 
         Args:
-            model: A file made by ``petseg export``; None: the model that ships with petseg.
+            model: A file made by ``petseg export``; None: the built-in model.
             backend: The engine, or ``auto``: the fastest that works on this machine (``petseg doctor`` prints the
                 rule).
             device: ``cpu``, ``cuda[:N]``, ``intel-gpu[:N]`` or ``auto``. Naming a device that is not available is an

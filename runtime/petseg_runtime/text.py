@@ -1,8 +1,13 @@
-"""Escapes untrusted text for display."""
+"""Text for display: escapes untrusted text, and puts numbers before nouns."""
 
 from __future__ import annotations
 
-__all__ = ["shown"]
+__all__ = ["counted", "shown"]
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 photo" or "2 photos"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def shown(text: object) -> str:

@@ -104,7 +104,7 @@ def test_machines_that_ran_an_earlier_model_are_named(tmp_path: Path) -> None:
     write_records(
         tmp_path, "First", {("openvino", "f32"): 6.0}, 174, "petseg edge, 0123"
     )  # shown in a separate section
-    said = "With an earlier embedded model (speeds hold, masks differ): Old, 2026-01-02."
+    said = "With an earlier built-in model (speeds hold, masks differ): Old, 2026-01-02."
     assert machines.machines().splitlines()[-2:] == ["", said]
     assert summary.by_machine()[-2:] == ["", said]
 

@@ -27,7 +27,7 @@ def test_records_of_an_earlier_model_are_named(tmp_path: Path) -> None:
     for name, model in {"new": now, "old": "petseg edge, 0123", "older": None}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"shipped_model": model} if model else {}))
     assert report.earlier(("new",)) == report.earlier(()) == ""
-    assert report.earlier(("new", "old", "older")) == "\n\nMeasured with an earlier embedded model: old, older."
+    assert report.earlier(("new", "old", "older")) == "\n\nMeasured with an earlier built-in model: old, older."
 
 
 def test_every_section_of_the_pages_exists() -> None:

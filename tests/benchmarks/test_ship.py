@@ -1,4 +1,4 @@
-"""A new bundled model is installed first, and then recorded with its training runs."""
+"""A new built-in model is put in place first, and then recorded with its training runs."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_shipped_model_is_measured_verified_and_recorded(run: Path, place: Pat
     assert shipped.spec.certain_share == before.spec.certain_share == 0.25, "a checkpoint has no certain_share"
     for name, folder in measure.RECORDS.items():
         record = records.load(name)
-        assert record["model"]["identity"] == shipped.identity, "the measured file is the bundled one"
+        assert record["model"]["identity"] == shipped.identity, "the measured file is the built-in one"
         for reading in shipped.provenance["measured"][TEST_SETS[folder]].values():
             assert 0 <= reading["iou"] <= 1
     assert records.load("training/edge")["shipped_model"] == f"{ship.NAME}, {shipped.identity[:12]}"

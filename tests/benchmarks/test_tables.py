@@ -116,7 +116,7 @@ def test_the_rival_is_reported_on_all_photos_and_in_every_engine() -> None:
     text = tables.rival(record, {**about, "sets": {"small": readings(0.7)}})
     assert "LR-ASPP, 3.2 M parameters, trained from scratch by petseg's trainer, 8 epochs (1.5 h of steps)" in text
     assert "teacher: none" in text
-    assert "| petseg's embedded model | small | 0.8000 (0.700 to 0.850) | 0.8500 (0.750" in text
+    assert "| petseg's built-in model | small | 0.8000 (0.700 to 0.850) | 0.8500 (0.750" in text
     assert "| LR-ASPP | small | 0.7000 | 0.7000 | 0.7000 |" in text
     assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
 

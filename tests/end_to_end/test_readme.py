@@ -73,7 +73,7 @@ def plain(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(1500)  # thirty processes, half of which train or export: minutes on a slow, busy machine
-@pytest.mark.parametrize("training", [False, True], ids=["bundled model", "trained model"])
+@pytest.mark.parametrize("training", [False, True], ids=["built-in model", "trained model"])
 def test_the_commands_run_in_order(home: Path, forks: Any, training: bool) -> None:
     lines = [
         line for block in blocks("sh") if of_training(block) == training for line in block.splitlines() if line.strip()

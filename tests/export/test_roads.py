@@ -127,7 +127,7 @@ def test_calibration_selection_and_receipt_use_different_photos(
 def test_a_receipt_on_the_int8_selection_photos_says_so(int8: build.Exported) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: 6}
     (note,) = build._receipt_notes(dataclasses.replace(int8.receipt, quantization=choice))
-    assert "tuned on 6 of the 6 photos of the parity test" in note
+    assert "chosen on 6 of the 6 photos of the parity test" in note
     assert "--split test" in note
 
 
@@ -247,7 +247,7 @@ def test_the_ir_of_an_int8_file_reports_shared_selection_photos(
     done = export(quarter, config)
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] == shared
-    assert sum("tuned on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
+    assert sum("chosen on 6 of the 6 photos of the parity test" in note for note in done.notes) == (shared > 0)
 
 
 @pytest.mark.parametrize("change", ["other pixels", "no such part"])

@@ -176,6 +176,6 @@ def test_too_few_validation_photos_are_warned_about(
         Image.fromarray(np.full((64, 64), 2, np.uint8)).save(pair.mask)
     observer = Recorder()
     trainer = Trainer(config, oxford_copy, tmp_path / "out", device=CPU, observer=observer)
-    said = [f"{FEW - 1} validation photos with a pet are few"] if warned else []
-    assert [message.partition(" to ")[0] for message in trainer.photos.warnings] == said
+    said = [f"only {FEW - 1} validation photos with a pet to choose the epoch and the threshold on"] if warned else []
+    assert [message.partition("; use ")[0] for message in trainer.photos.warnings] == said
     assert [m for m in observer.messages if m.startswith("warning: ")] == [f"warning: {w}" for w in trainer.warnings]

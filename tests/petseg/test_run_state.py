@@ -300,7 +300,7 @@ def test_other_masks_are_rejected_on_resume_and_named(
     Trainer(tiny(), oxford_copy, Path(shutil.copytree(whole.folder, tmp_path / "same")), device=CPU, resume=True)
     trimap[:2] = PET
     Image.fromarray(trimap).save(changed.mask)
-    said = rf"the masks of 1 photos have changed since .*\({changed.name}\); restore them, or .* --init .*{LAST}"
+    said = rf"the masks of 1 photo have changed since .*\({changed.name}\); restore them, or .* --init .*{LAST}"
     with pytest.raises(TrainingError, match=said):
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
 

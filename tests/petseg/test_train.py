@@ -95,7 +95,7 @@ def test_the_best_checkpoint_is_the_model_of_the_best_epoch(whole: Run, oxford_r
     result = evaluate(torch_run(model), whole.trainer.photos.val, 32, 32)
     assert result.counts(row.val_threshold).iou == row.val_iou
     assert (best.meta["spec"]["height"], best.meta["spec"]["width"]) == (32, 32)
-    assert best.meta["spec"]["certain_share"] is None, "the embedded model's rule of pets is not this one's"
+    assert best.meta["spec"]["certain_share"] is None, "the built-in model's rule of pets is not this one's"
     assert best.meta["config"] == to_dict(whole.trainer.config)
     assert best.meta["provenance"] == {"command": "tests"}
     assert best.meta["data"]["train_photos"] == 22

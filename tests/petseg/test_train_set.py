@@ -445,7 +445,7 @@ def test_the_order_does_not_depend_on_the_global_generator() -> None:
 def test_fewer_photos_than_a_batch_are_rejected() -> None:
     with pytest.raises(DataError, match=r"3 photos.*batch takes 4.*--batch"):
         EpochSampler(3, 4, seed=0)
-    with pytest.raises(DataError, match="1 photos to train on, but a batch takes 2; 2 or more are needed"):
+    with pytest.raises(DataError, match="1 photo to train on, but a batch takes 2; 2 or more are needed"):
         EpochSampler(1, 2, seed=0)
     assert len(EpochSampler(4, 4, seed=0)) == 1
 

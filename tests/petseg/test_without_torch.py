@@ -64,7 +64,7 @@ def test_an_exported_file_is_measured_alike_with_torch_and_without(oxford_root: 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model as an OpenVINO IR, made like `petseg export` makes it."""
+    """The built-in model as an OpenVINO IR, made like `petseg export` makes it."""
     pytest.importorskip("openvino")
     file = tmp_path_factory.mktemp("compiled") / "edge.xml"
     checkpoint = Path(__file__).parents[2] / "petseg" / "weights" / "edge.safetensors"

@@ -488,7 +488,8 @@ def _check(found: _Found, options: _Options) -> None:
         check_looks(kind, options.format, options.background)
     if found.streams:
         if why := _no_video(options):
-            raise UsageError(f"{found.streams[0].shown}: {why}; process videos and streams in another run")
+            apart = "; process videos and streams in another run" if found.photos else ""
+            raise UsageError(f"{found.streams[0].shown}: {why}{apart}")
         if kind in KINDS:
             check_looks(kind, None, options.background)
     for what, names, there in (

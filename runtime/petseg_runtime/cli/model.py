@@ -12,7 +12,7 @@ import click
 
 from petseg_runtime.cli.text import BACKEND, HELP, PATH, SCHEMA_VERSION
 from petseg_runtime.errors import OutputError, ParityError
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import Artifact
@@ -22,12 +22,12 @@ __all__ = ["info", "verify"]
 
 
 @click.command()
-@click.argument("file", type=PATH, required=False)
+@click.argument("file", metavar="[MODEL]", type=PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 def info(file: Path | None, as_json: bool) -> int:
-    """Print what a model FILE is, what input it expects, where it comes from and how it was verified.
+    """Print what the file MODEL is, what input it expects, where it comes from and how it was verified.
 
-    Without FILE, describe the built-in model.
+    Without MODEL, describe the built-in model.
     """
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import verified
@@ -74,7 +74,7 @@ def _lines(record: dict[str, Any]) -> list[tuple[str, str]]:
         *((kind[:-1], text) for kind, text in tensors),
         ("resize", f"{spec['resize']} to {size}, {spec['filter']}, antialiased"),
         ("threshold", f"{spec['threshold']:.2g} for masks, {spec['cutout_threshold']:.2g} for cutouts"),
-        ("a pet is found where", _rule(spec["certain_share"])),
+        ("a pet is found if", _rule(spec["certain_share"])),
     ]
     environment = record["environment"].items()  # without its lists of layers and messages, which are for programs
     lines += [("built for", f"{k}: {_plain(v)}") for k, v in environment if v and k not in ("engine", "messages")]
@@ -110,7 +110,10 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
     for title, receipt in (("parity", record["receipt"]), *(("verified here", result) for result in here)):
         if rows := receipt.get("rows"):
             try:
-                lines += [(title, f"{receipt['kind']}, {receipt['photos']} photos, {row['summary']}") for row in rows]
+                lines += [
+                    (title, f"{receipt['kind']}, {counted(receipt['photos'], 'photo')}, {row['summary']}")
+                    for row in rows
+                ]
             except (KeyError, TypeError):
                 lines.append((title, "this version of petseg cannot read the receipt"))
         elif receipt:
@@ -141,7 +144,7 @@ def _verdict(artifact: Artifact, done: Verification, place: Path | None) -> list
     does = "matches its checkpoint" if receipt.passed else "does NOT match its checkpoint"
     few = f" (a smoke test: a full one needs {SMOKE})" if receipt.kind == "smoke" else ""
     lines = [
-        ("PASSED" if done.passed else "FAILED", f"{artifact.path} {does}, on {receipt.photos} photos{few}"),
+        ("PASSED" if done.passed else "FAILED", f"{artifact.path} {does}, on {counted(receipt.photos, 'photo')}{few}"),
         ("model", f"sha256 {artifact.identity}"),
         ("machine", f"{here.cpu.name}, {here.cpu.machine}, {here.system}"),
     ]
@@ -170,16 +173,16 @@ def _limit(allowed: float | None, unit: str = "") -> str:
 
 
 @click.command()
-@click.argument("file", type=PATH, required=False)
+@click.argument("file", metavar="[MODEL]", type=PATH, required=False)
 @click.option("--backend", type=BACKEND, default="auto", show_default=True, help=HELP["backend"])
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
 @click.option(
     "--proof",
     type=PATH,
-    help="Parity record: photos and the checkpoint's outputs for them.  [default: FILE.parity.npz]",
+    help="Parity record: photos and the checkpoint's outputs for them.  [default: MODEL.parity.npz]",
 )
-@click.option("--output", type=PATH, help="File for the result.  [default: FILE.verified.json]")
+@click.option("--output", type=PATH, help="File for the result.  [default: MODEL.verified.json]")
 @click.option("--json", "as_json", is_flag=True, help=HELP["json"])
 @click.option("-q", "--quiet", is_flag=True, help=HELP["quiet"])
 def verify(
@@ -192,16 +195,17 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Run FILE on this device and compare its outputs with those of its checkpoint, recorded at export.
+    """Run MODEL on this device and compare its outputs with those of its checkpoint, recorded at export.
 
     Also run pre- and postprocessing on sample photos: decoding, resizing, and resizing a mask back to the photo's size
-    must match the results recorded where petseg was built, within limits. Without FILE, verify the built-in model;
+    must match the results recorded where petseg was built, within limits. Without MODEL, verify the built-in model;
     its result is written only if --output is given.
 
     Exit codes: 0 if everything matches; 10 if not, and the report says where and by how much.
 
     In scripts, give the device with --device: otherwise, the first engine that works is verified, which may not be the
-    one that you use.
+    one that you use. If that engine computes a float32 model in a lower precision (bf16, TF32), a second run verifies
+    the model in float32, for which `auto` may choose another engine.
     """
     from petseg_runtime.artifact import default_model, open_artifact
     from petseg_runtime.verify import parts_of, record, save, sidecar_of, verify_file, with_others

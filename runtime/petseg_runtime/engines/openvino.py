@@ -2,7 +2,7 @@
 
 A model compiled from an ONNX file is cached (:mod:`petseg_runtime.cache`) where that pays: on CPUs for small files, and
 on GPUs, where compilation takes longest. The CPU plugin exports the optimized graph with its weights, without kernels.
-The cache saves a fifth of the time to load the embedded model in a new process (195 to 152 ms), but little for a file
+The cache saves a fifth of the time to load the built-in model in a new process (195 to 152 ms), but little for a file
 of 117 MB (305 to 263 of 850 ms). An IR is compiled every time.
 
 :data:`petseg_runtime.engines.registry.ENGINES` lists the devices that we have run it on.

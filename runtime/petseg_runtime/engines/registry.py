@@ -93,7 +93,7 @@ class Choice:
     asked_only: bool = False
 
     def __str__(self) -> str:
-        when = "only when asked for" if self.asked_only else self.when
+        when = "only if requested" if self.asked_only else self.when
         return f"{self.engine} on {self.kind}" + (f", {when}" if when else "")
 
 

@@ -66,7 +66,7 @@ def test_info_shows_the_rule_for_finding_a_pet(toy: Toy, tmp_path: Path, capsys:
         (None, "the mask is not empty (no rule was chosen for this model)"),
     ):
         assert run(["info", str(toy(tmp_path / "toy.onnx", certain_share=share).path)]) == 0
-        assert f"a pet is found where  {said}\n" in capsys.readouterr().out
+        assert f"a pet is found if  {said}\n" in capsys.readouterr().out
 
 
 def test_info_json_contains_everything(capsys: pytest.CaptureFixture[str]) -> None:
