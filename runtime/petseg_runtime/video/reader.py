@@ -263,7 +263,7 @@ class VideoReader:
             end: The end of the last picture, in seconds.
         """
         kind, size = self._container.format.name, self._container.size
-        if size <= 0:
+        if not size or size < 0:  # of a pipe: below 0, and from PyAV 19 on, None
             return None
         if kind.startswith("mov"):  # its index may come before the frames
             last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)
