@@ -61,7 +61,7 @@ def test_what_was_verified_with_another_threshold_or_on_another_machine_is_not_s
         ("spec", {"threshold": 0.9}, "of another file"),
         ("host", {"cpu": {**result["host"]["cpu"], "name": "Cortex-A76"}}, "on another machine (Cortex-A76, "),
         ("host", {"cpu": None}, "on another machine (unknown, "),
-        ("host", {"packages": {**packages, "onnxruntime": "1.20.0"}}, "with onnxruntime 1.20.0, and now it is 1."),
+        ("host", {"packages": {**packages, "onnxruntime": "1.19.0"}}, "with onnxruntime 1.19.0, and now it is 1."),
         ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "with tensorrt 10.9, and now it is "),
         ("host", {"packages": {**packages, "tensorrt-cu12": "10.9"}}, "with tensorrt-cu12 10.9, and now it is "),
         ("host", {"nvidia_driver": "570.1"}, "with NVIDIA's driver 570.1, and now it is "),
