@@ -63,8 +63,8 @@ def test_a_verification_at_another_threshold_or_machine_is_not_shown(
         ("host", {"cpu": None}, "was made on another machine (unknown, "),
         (
             "host",
-            {"packages": {**packages, "onnxruntime": "1.20.0"}},
-            "was made with onnxruntime 1.20.0, and now it is 1.",
+            {"packages": {**packages, "onnxruntime": "1.19.0"}},
+            "was made with onnxruntime 1.19.0, and now it is 1.",
         ),
         ("host", {"packages": {**packages, "tensorrt": "10.9"}}, "was made with tensorrt 10.9, and now it is "),
         (

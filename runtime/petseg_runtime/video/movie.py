@@ -254,7 +254,8 @@ class _Movie:
 
     def close(self) -> None:
         try:
-            self._mux(self._picture.encode(None))
+            if self._picture.codec_context.is_open:  # if it could not be opened, PyAV 19 crashes here
+                self._mux(self._picture.encode(None))
             if self._sound:
                 self._sound.close()
         finally:

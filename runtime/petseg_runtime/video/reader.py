@@ -47,6 +47,10 @@ _LOCAL_OPTIONS: Final = {
 _INVALID_FILE: Final = "not a video, or a playlist of other files, which are not opened"
 _INVALID_OPTIONS: Final = "not a video, or one that does not accept these options"
 
+#: Titles in old files have arbitrary encodings. PyAV 19, which needs Python 3.12, replaces what is not UTF-8 by itself,
+#: and has no such argument.
+_ANY_ENCODING: Final[dict[str, Any]] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 #: If a seek lands after the requested start, the reader seeks this many seconds earlier; then it decodes everything.
 _SEEK_MARGIN: Final = 10.0
 
@@ -159,7 +163,7 @@ class VideoReader:
                 self._source,
                 "r",
                 options=dict(self._options),
-                metadata_errors="replace",  # titles in old files have arbitrary encodings
+                **_ANY_ENCODING,
                 **self._open_arguments,
             )
         try:
@@ -259,7 +263,7 @@ class VideoReader:
             end: The end of the last picture, in seconds.
         """
         kind, size = self._container.format.name, self._container.size
-        if size <= 0:
+        if not size or size < 0:  # of a pipe: below 0, and from PyAV 19 on, None
             return None
         if kind.startswith("mov"):  # its index may come before the frames
             last = max(self.stream.index_entries, key=lambda entry: entry.pos, default=None)

@@ -552,6 +552,15 @@ def test_subtitles_are_not_a_video(tmp_path: Path) -> None:
         VideoReader(path)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_titles_may_have_any_encoding(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"clip.{suffix}")
+    data = path.read_bytes()
+    assert b"Lavf" in data  # the name of the program that wrote it, in the metadata
+    path.write_bytes(data.replace(b"Lavf", "Lävf".encode("latin-1")))
+    assert len(read(path)) == 10
+
+
 def test_an_unknown_codec_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     path.write_bytes(write(path).read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
