@@ -636,7 +636,7 @@ def test_a_row_has_a_one_line_summary(good: Comparison, bad: Comparison) -> None
 def test_fewer_than_sixteen_photos_are_a_smoke_test_and_say_so(good: Comparison, photos: int, kind: str) -> None:
     receipt = receipt_of(good, photos=photos)
     assert receipt.kind == kind
-    assert receipt.summary.startswith(f"{kind}, {photos} photos: passed")
+    assert receipt.summary.startswith(f"{kind}, {photos} photo{'s' * (photos > 1)}: passed")
 
 
 def test_a_receipt_passes_if_all_rows_pass(good: Comparison, bad: Comparison) -> None:
