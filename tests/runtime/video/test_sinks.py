@@ -244,6 +244,8 @@ def test_audio_described_by_its_packets_is_reencoded_if_the_header_comes_first(
 def test_audio_not_described_by_its_packets_is_reencoded_with_a_note(
     tmp_path: Path, name: str, codec: str, sound: str, rate: int, layout: str, target: str, kind: str
 ) -> None:
+    if sound not in av.codecs_available:
+        pytest.skip(f"PyAV {av.__version__} has no encoder {sound}")  # AMR: not in the wheels of 19
     clip, out = write_tone(tmp_path / name, codec, sound, rate, layout), tmp_path / f"out.{target}"
     report = run(clip, movie(out, kind))
     (note,) = report.notes
