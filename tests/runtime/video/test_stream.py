@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from petseg_runtime.pipeline import Timings
 from petseg_runtime.segmenter import Segmenter
 from petseg_runtime.video import stream as stream_module
 from petseg_runtime.video.frame import Frame
-from petseg_runtime.video.sound import Sound
+from petseg_runtime.video.sound import Sound, Track
 from petseg_runtime.video.stream import _MAX_AUDIO_PACKETS, POLICIES, Counts, Reading, Segmented, Stream, _InputQueue
 
 
@@ -134,6 +134,41 @@ def test_it_ends_after_so_many_frames() -> None:
     stream = stream_of((frame_of(n) for n in range(1000)), max_frames=5)
     assert numbers(list(stream)) == [0, 1, 2, 3, 4]
     assert stream.counts.decoded == 5
+
+
+@pytest.mark.parametrize(
+    ("late", "length", "policy", "read", "heard"),
+    [
+        pytest.param(25, 1000, "block", 36, range(11), id="until it is beyond the last frame"),
+        pytest.param(-1, 1000, "block", 10, range(1, 11), id="it is beyond the last frame already"),
+        pytest.param(25, 30, "block", 30, range(30), id="until the file ends"),
+        pytest.param(100, 1000, "block", 62, [], id="no further than two seconds"),
+        pytest.param(25, 1000, "latest", 10, [], id="a live source is not waited for"),
+    ],
+)
+def test_audio_stored_after_later_frames_is_read(
+    late: int, length: int, policy: str, read: int, heard: Sequence[int]
+) -> None:
+    """Each frame comes with the audio of ``late`` frames before it; ten frames are wanted."""
+    taken: list[Frame] = []
+
+    def sound(number: int) -> list[Sound]:
+        packet: Any = av.Packet(b"x")
+        packet.pts, packet.time_base = number, Fraction(1, 25)
+        return [Sound(packet, Fraction(0))] if number >= 0 else []
+
+    def frames() -> Iterator[Frame]:
+        for number in range(length):
+            taken.append(replace(frame_of(number, sound(number - late)), duration=1, track=Track(None, "aac")))
+            yield taken[-1]
+
+    source = Source(frames())
+    source.rest = [one for number in range(length - late, length) for one in sound(number)]  # type: ignore[attr-defined]
+    stream = stream_of(source, max_frames=10, policy=policy)
+    delivered = [one for segmented in stream for one in segmented.frame.sound]
+    assert [one.packet.pts for one in (*delivered, *stream.rest)] == list(heard)
+    assert len(taken) == read
+    assert stream.counts.decoded == 10
 
 
 @pytest.mark.parametrize("policy", ["latest", "drop-oldest"])
