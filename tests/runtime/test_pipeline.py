@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
@@ -93,6 +94,16 @@ def test_the_pipeline_keeps_no_reference_to_consumed_results() -> None:
         while any(picture() for picture in kept) and time.monotonic() < deadline:
             time.sleep(0.01)  # the threads are about to wait again
         assert [picture() for picture in kept] == [None] * 7
+
+
+def test_a_closed_pipeline_is_freed() -> None:
+    """A service makes one for each request, and closes it."""
+    with Pipeline(STEPS, 1, workers=1) as pipeline:
+        assert next(pipeline.run([1])).source == 1
+    closed = weakref.ref(pipeline)
+    del pipeline
+    gc.collect()
+    assert closed() is None
 
 
 def test_a_slow_photo_does_not_change_the_order() -> None:

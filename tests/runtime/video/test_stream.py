@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import gc
 import math
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -335,6 +337,15 @@ def test_after_the_end_there_is_nothing_more() -> None:
     with stream_of([frame_of(0)]) as closed:
         pass
     assert list(closed) == []
+
+
+def test_a_closed_stream_is_freed() -> None:
+    with stream_of([frame_of(0)]) as stream:
+        assert numbers(list(stream)) == [0]
+    closed = weakref.ref(stream)
+    del stream
+    gc.collect()
+    assert closed() is None
 
 
 @pytest.mark.timeout(30)
