@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import queue
 import subprocess
 import sys
 import threading
@@ -209,6 +210,35 @@ def test_leaving_early_cancels_pending_photos(held: str, before: str | None, mon
         assert second.wait(10)
         assert before is None or third.wait(10)
     assert begun[held] == 2
+    assert not threads()
+
+
+def test_leaving_ends_a_thread_that_is_collecting_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second photo is in the engine; behind the third waits the sentinel."""
+    begun, ending = [threading.Event() for _ in range(3)], threading.Event()
+
+    class Queue(queue.SimpleQueue[Any]):
+        def put(self, item: Any, *args: Any) -> None:
+            super().put(item, *args)
+            if item is None and self.qsize() > 1:
+                ending.set()
+
+    def paced(source: int, reserve: Callable[[int], None]) -> Photo:
+        assert not source or begun[source - 1].wait(10)
+        return read(source, reserve)
+
+    def blocked(batch: np.ndarray) -> np.ndarray:
+        source = int(batch[0, 0, 0, 0])
+        begun[source].set()
+        assert source != 1 or ending.wait(10)
+        return infer(batch)
+
+    monkeypatch.setattr(queue, "SimpleQueue", Queue)
+    with Pipeline(Steps(paced, blocked, write), 1, 2, workers=1) as pipeline:
+        assert next(pipeline.run([0, 1, 2])).source == 0
+        while not (begun[1].is_set() and pipeline._ready.qsize()):
+            time.sleep(0.001)
+    assert not begun[2].is_set()
     assert not threads()
 
 
