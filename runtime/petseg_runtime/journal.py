@@ -56,7 +56,6 @@ class _Note(NamedTuple):
         source: The identity of the photo; see :meth:`Journal._identity`.
         size: Bytes of the file with the result; None: there is none.
         suffix: The suffix of that file; None: there is none, or the line does not say.
-        has_value: Whether the line has a value.
         offset: The line's position in the file, in bytes.
         length: The line's length in bytes.
     """
@@ -64,7 +63,6 @@ class _Note(NamedTuple):
     source: list[Any]
     size: int | None
     suffix: str | None
-    has_value: bool
     offset: int
     length: int
 
@@ -149,7 +147,7 @@ class Journal:
             offset, length = self._append(line)
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
-        self._done[name] = _Note(source, size, suffix, value is not None, offset, length)
+        self._done[name] = _Note(source, size, suffix, offset, length)
 
     def value(self, item: Item) -> dict[str, Any] | None:
         """The value that :meth:`add` noted for an item, in this run or before; None if its photo has changed since.
@@ -267,14 +265,12 @@ class Journal:
     def _load(self, line: dict[str, Any], offset: int, length: int, *, is_own: bool) -> None:
         """Load one line. One of a run with other settings means that it replaced our result, if the paths are equal."""
         name, source, suffix = line["name"], line.get("source"), line.get("suffix")
-        if is_own and isinstance(source, list) and source:
-            source = self._resolved(source)
-            has_value = line.get("value") is not None
-            self._done[name] = _Note(source, line.get("bytes"), suffix, has_value, offset, length)
+        if is_own:
+            if isinstance(source, list) and source:
+                self._done[name] = _Note(self._resolved(source), line.get("bytes"), suffix, offset, length)
             return
         ours = self._done.get(name)
-        wrote_a_file = not is_own and suffix is not None
-        if wrote_a_file and ours and not ours.has_value and suffix == (ours.suffix or suffix):
+        if suffix is not None and ours and ours.size is not None and ours.suffix in (None, suffix):  # both wrote a file
             del self._done[name]
 
     def _resolved(self, source: list[Any]) -> list[Any]:

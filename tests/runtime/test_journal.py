@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import tracemalloc
 from collections.abc import Callable
@@ -233,15 +234,26 @@ def test_values_stay_in_the_file_not_in_memory(folder: Path, photo: Photo) -> No
         assert [value["name"] for _, value in Values(journal, [*items, photo("dog")])] == names
 
 
-def test_a_value_corrupted_by_another_program_is_an_output_error(folder: Path, photo: Photo) -> None:
-    cat = photo()
-    for spoilt in (b"", b"{}\n" * 100, b'{"schema_version": 2, "settings": {}}\n' * 9):
-        with Journal(folder, SETTINGS, resume=False) as journal:
-            journal.add(cat, None, {"height": 3})
-            (folder / JOURNAL).write_bytes(spoilt)
-            with pytest.raises(OutputError, match=r"petseg-run\.ndjson: changed by another program .* --resume"):
-                journal.value(cat)
-            (folder / JOURNAL).write_bytes(b"")
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda noted: b"", id="empty"),
+        pytest.param(lambda noted: b"{}\n" * 100, id="other lines"),
+        pytest.param(lambda noted: b'{"schema_version": 2, "settings": {}}\n' * 9, id="another header"),
+        pytest.param(lambda noted: noted.replace(b'"cat"', b'"dog"'), id="another photo"),
+        pytest.param(lambda noted: noted.replace(b'"name"', b'"mane"'), id="no photo"),
+        pytest.param(lambda noted: re.sub(rb"[^\n]", b"1", noted), id="a number"),
+    ],
+)
+def test_a_value_corrupted_by_another_program_is_an_output_error(
+    folder: Path, photo: Photo, spoil: Callable[[bytes], bytes]
+) -> None:
+    cat, path = photo(), folder / JOURNAL
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        journal.add(cat, None, {"height": 3})
+        path.write_bytes(spoil(path.read_bytes()))
+        with pytest.raises(OutputError, match=r"petseg-run\.ndjson: changed by another program .* --resume"):
+            journal.value(cat)
 
 
 # -------------------------------------------------------------------------------------------- other settings
@@ -470,8 +482,10 @@ def test_runs_with_different_result_paths_do_not_interfere(folder: Path, photo: 
         assert journal.finished(cat, picture)
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_a_note_without_a_result_does_not_replace_another_runs(folder: Path, photo: Photo, written: bool) -> None:
+@pytest.mark.parametrize(("written", "theirs_written"), [(True, False), (False, False), (False, True)])
+def test_a_note_without_a_result_neither_replaces_another_nor_is_replaced(
+    folder: Path, photo: Photo, written: bool, theirs_written: bool
+) -> None:
     """A run with `--only-found` notes a photo without a pet."""
     cat = photo()
     with (
@@ -479,9 +493,8 @@ def test_a_note_without_a_result_does_not_replace_another_runs(folder: Path, pho
         Journal(folder, SETTINGS | {"only_found": True}, resume=False) as theirs,
     ):
         ours.add(cat, result(folder) if written else None)
-        theirs.add(cat, None)
-    with Journal(folder, SETTINGS, resume=True) as journal:
-        assert journal.finished(cat, result(folder) if written else None)
+        theirs.add(cat, result(folder) if theirs_written else None)
+    assert is_finished(folder, cat)
 
 
 def test_an_existing_result_does_not_invalidate_a_note_without_one(folder: Path, photo: Photo) -> None:
@@ -557,6 +570,8 @@ def test_a_full_disk_is_an_output_error_and_earlier_lines_count(folder: Path, ph
         with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written"):
             journal.add(dog, result(folder, "dog"))
         journal.close()  # unwritten data is dropped without another error
+        with pytest.raises(OutputError, match=r"petseg-run\.ndjson: cannot be written"):
+            Journal(folder, SETTINGS, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert is_finished(folder, cat)
