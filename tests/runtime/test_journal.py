@@ -449,6 +449,16 @@ def test_a_run_started_beside_an_active_one_keeps_its_notes(folder: Path, photo:
     assert not is_finished(folder, cat), "no run is active any more"
 
 
+def test_a_run_started_beside_an_active_one_is_found_after_a_line_that_a_third_has_cut_off(
+    folder: Path, photo: Photo
+) -> None:
+    with Journal(folder, SETTINGS | {"threshold": 0.9}, resume=False):
+        with (folder / JOURNAL).open("ab") as file:
+            file.write(b'{"run": ')
+        note(folder)
+    assert not is_finished(folder, photo())  # it is not an error
+
+
 def test_of_two_runs_with_the_same_result_path_the_later_note_counts(folder: Path, photo: Photo) -> None:
     cat = photo()
     other = {"threshold": 0.9}

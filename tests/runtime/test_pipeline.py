@@ -134,11 +134,15 @@ def test_read_ahead_is_limited_by_the_window() -> None:
 
 def test_batches_contain_waiting_photos_up_to_the_maximum() -> None:
     sizes: list[int] = []
+    spent: list[float] = []
     began = threading.Event()
 
     def blocked(batch: np.ndarray) -> np.ndarray:
+        start = time.perf_counter()
         began.wait(10)  # until everything has been read
         sizes.append(len(batch))
+        time.sleep(0.05)
+        spent.append(time.perf_counter() - start)
         return infer(batch)
 
     def counted(source: int, reserve: Callable[[int], None]) -> Photo:
@@ -151,6 +155,15 @@ def test_batches_contain_waiting_photos_up_to_the_maximum() -> None:
     assert [outcome.source for outcome in outcomes] == list(range(14))
     assert sum(sizes) == 13  # source 7 cannot be read
     assert max(sizes) == 4
+    assert sum(outcome.seconds.get("infer", 0) for outcome in outcomes) == pytest.approx(sum(spent), rel=0.5)
+
+
+def test_an_engine_that_returns_too_few_results_ends_the_run() -> None:
+    with (
+        pytest.raises(EngineError, match="the engine returned 0 results for 1 photos"),
+        Pipeline(Steps(read, lambda batch: infer(batch)[1:], write), 1, workers=1) as pipeline,
+    ):
+        list(pipeline.run([0, 1]))
 
 
 @pytest.mark.parametrize("step", ["read", "infer", "write"])
