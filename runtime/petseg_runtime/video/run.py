@@ -165,8 +165,8 @@ def segment_video(
 def _missing(report: VideoReport, stream: Stream, origin: Origin) -> str | None:
     """What is missing from the results of a source that was read to its end; None: nothing that should be there."""
     counts = stream.counts
-    if not report.written:
-        return f"no frame was written: {counts.failure or 'it is empty'}"
+    if not report.written:  # not for lack of frames, which is an error of the source
+        return f"no frame was written: {counts.failure}"
     if origin.endless:  # some packet is always lost
         return None
     failed = f"{counts.failed} of {counts.decoded} frames could not be converted ({counts.failure})"

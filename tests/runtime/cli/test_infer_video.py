@@ -304,18 +304,23 @@ def test_frames_that_cannot_be_converted_are_reported(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pixels(frame: Any, *size: Any) -> Any:
-        if frame.number in (3, 4):
+        if frame.number in failing:
             raise UnsupportedVideo("frames in odd colours cannot be converted")
         return real(frame, *size)
 
-    real = Frame.pixels
+    failing, real = {3, 4}, Frame.pixels
     monkeypatch.setattr(Frame, "pixels", pixels)
-    assert infer(clips / "short.mp4", "--as", "mask", "--model", model, "--output", tmp_path) == 1
+    options = ["--as", "mask", "--model", model, "--output", tmp_path]
+    assert infer(clips / "short.mp4", *options) == 1
     assert capsys.readouterr().err == (
         f"petseg: {clips / 'short.mp4'}: 2 of 20 frames could not be converted (frames in odd colours cannot be "
         "converted); the rest was written\n"
     )
     assert frames_in(tmp_path / "short.mp4") == 18
+    failing.update(range(20))
+    assert infer(clips / "short.mp4", *options) == 1
+    why = "no frame was written: frames in odd colours cannot be converted"
+    assert capsys.readouterr().err == f"petseg: {clips / 'short.mp4'}: {why}\n"
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "avi"])
