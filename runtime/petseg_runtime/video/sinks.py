@@ -239,8 +239,10 @@ class RawSink(FileSink):
                 "give a folder with --output"
             )
         self._shape = pixels.shape
+        left = pixels.data.cast("B")
         try:
-            self._stream.write(pixels.data)
+            while left:  # unbuffered (PYTHONUNBUFFERED), a write that a signal interrupts writes only a part
+                left = left[self._stream.write(left) :]
             self._stream.flush()
         except BrokenPipeError:
             raise  # the reader has closed its end, which is not an error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -1010,6 +1011,36 @@ def test_a_pipe_of_raw_frames_rejects_another_size(tmp_path: Path) -> None:
         other = frame_of(1, 20, 20)
         with pytest.raises(OutputError, match="cannot signal; give a folder with --output"):
             sink.write(other, result_of(other))
+
+
+class Pipe(io.RawIOBase):
+    """An unbuffered pipe. Each write is interrupted by a signal, or fails with an error."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.got, self._error = b"", error
+
+    def write(self, data: Any) -> int:
+        if self._error:
+            raise self._error
+        part = bytes(data[:1000])
+        self.got += part
+        return len(part)
+
+
+def test_raw_frames_are_whole_if_signals_interrupt_writes() -> None:
+    pipe: Any = Pipe()
+    with RawSink(pipe, Picture("overlay", "raw", render_of("overlay"))) as sink:
+        for number in range(2):
+            frame = frame_of(number)
+            sink.write(frame, result_of(frame))
+            assert len(pipe.got) == (number + 1) * HEIGHT * WIDTH * 3
+
+
+def test_a_full_disk_behind_a_pipe_of_raw_frames_is_an_output_error() -> None:
+    full: Any = Pipe(OSError(errno.ENOSPC, "No space left on device"))
+    sink = RawSink(full, Picture("mask", "raw", render_of("mask")))
+    with pytest.raises(OutputError, match=r"standard output cannot be written to \(No space left on device\)"):
+        sink.write(frame_of(0), result_of(frame_of(0)))
 
 
 def test_lines_say_what_was_found(tmp_path: Path) -> None:
