@@ -413,6 +413,28 @@ def test_no_audio_is_written_without_audio_or_on_request(tmp_path: Path) -> None
             assert not file.streams.audio
 
 
+@pytest.mark.parametrize(
+    ("codec", "rate", "layout", "files"),
+    [("aac", 48000, "stereo", 1), ("aac", 44100, "stereo", 2), ("aac", 48000, "mono", 2), ("mp3", 48000, "stereo", 2)],
+)
+def test_a_reconnect_continues_the_movie_if_its_audio_fits(
+    tmp_path: Path, codec: str, rate: int, layout: str, files: int
+) -> None:
+    first = write_tone(tmp_path / "first.mp4", "libx264", "aac", 48000)
+    second = write_tone(tmp_path / "second.mp4", "libx264", codec, rate, layout)
+    with MovieSink(numbered(tmp_path / "out", "mp4"), Painter("mask"), endless=True) as sink:
+        for number, clip in enumerate((first, second)):
+            with VideoReader(clip) as reader:
+                for frame in reader:
+                    frame.pts += round(2 * number / frame.time_base)
+                    frame.sound = [Sound(sound.packet, sound.shift + 2 * number) for sound in frame.sound]
+                    sink.write(frame, result_of(frame))
+        sink.end([], whole=True)
+    assert sink.files == files
+    heard = [len(packets(path)) * 1024 / 48000 for path in sink.paths]
+    assert heard[0] == pytest.approx(4 / files, abs=0.15)
+
+
 @ffprobe
 def test_a_phones_portrait_video_is_upright_without_a_display_matrix(tmp_path: Path) -> None:
     lying = write_clip(tmp_path / "lying.mp4", sound=None)
