@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 __all__ = [
     "STEM",
@@ -22,6 +23,7 @@ __all__ = [
     "staging",
     "synced",
     "synced_folder",
+    "write_all",
     "write_atomic",
 ]
 
@@ -178,3 +180,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_all(stream: BinaryIO | io.FileIO, data: bytes | memoryview) -> None:
+    """Write all bytes to a stream, buffered or not, and flush it.
+
+    An unbuffered one (a file, or standard output under PYTHONUNBUFFERED) writes only a part if the disk becomes full or
+    a signal arrives, Ctrl-Z for one; then the next write raises an error, or writes on.
+
+    Raises:
+        OSError: They cannot be written.
+    """
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[stream.write(left) :]
+    stream.flush()

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import STEM, real_paths
+from petseg_runtime.files import STEM, real_paths, write_all
 from petseg_runtime.sources import JOURNAL, Item
 
 __all__ = ["JOURNAL", "Journal", "Values"]
@@ -205,7 +205,7 @@ class Journal:
             if self._run not in map(_run_of, agreeing):
                 self._append_header(header)
             elif self._file.seek(0, os.SEEK_END):
-                self._write(b"\n")  # ends a line that a crash cut off
+                write_all(self._file, b"\n")  # ends a line that a crash cut off
         elif headers:
             self._reject(headers[-1], header)
         else:
@@ -339,19 +339,14 @@ class Journal:
 
     def _append_header(self, header: Mapping[str, Any]) -> None:
         if self._file.seek(0, os.SEEK_END):
-            self._write(b"\n")  # ends a line that a crash cut off
+            write_all(self._file, b"\n")  # ends a line that a crash cut off
         self._append(header)
 
     def _append(self, line: Mapping[str, Any]) -> tuple[int, int]:
         """Append a line in one write, so that other runs' lines do not split it; returns its position and length."""
         data = (json.dumps(line) + "\n").encode()
-        self._write(data)
+        write_all(self._file, data)
         return self._file.tell() - len(data), len(data)
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:  # on a full disk, the first call writes a part, and the second one raises
-            left = left[self._file.write(left) :]
 
 
 @dataclass(frozen=True)

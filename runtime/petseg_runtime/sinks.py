@@ -17,7 +17,7 @@ from PIL import Image, ImageColor
 
 from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
-from petseg_runtime.files import real_paths, replacing
+from petseg_runtime.files import real_paths, replacing, write_all
 from petseg_runtime.result import Segmentation, fitted
 from petseg_runtime.sources import Item
 
@@ -426,8 +426,7 @@ class StreamSink:
         except (OSError, ValueError) as error:
             raise InputError(f"{item.source}: its result cannot be written ({error})") from error
         try:
-            self._stream.write(encoded.getvalue())
-            self._stream.flush()
+            write_all(self._stream, encoded.getbuffer())
         except BrokenPipeError:
             raise  # the reader has closed the pipe, which is not an error
         except OSError as error:

@@ -502,6 +502,23 @@ def test_a_stream_gets_the_same_bytes_as_a_file(tmp_path: Path, result: Segmenta
     assert stream.getvalue() == path.read_bytes()
 
 
+def test_an_unbuffered_stream_gets_the_whole_picture(result: Segmentation) -> None:
+    """Ctrl-Z interrupts a write, which then writes only a part."""
+
+    class Pipe(io.RawIOBase):
+        got = b""
+
+        def write(self, data: Any) -> int:
+            self.got += data[:100]
+            return len(data[:100])
+
+    pipe: Any = Pipe()
+    StreamSink(pipe, picture("overlay")).write(ITEM, result)
+    whole = io.BytesIO()
+    StreamSink(whole, picture("overlay")).write(ITEM, result)
+    assert pipe.got == whole.getvalue()
+
+
 def test_a_full_stream_is_an_output_error(result: Segmentation) -> None:
     said = r"standard output cannot be written to \(No space left on device\)"
     with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OutputError, match=said):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, Protocol, Self
 import numpy as np
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.files import replacing, synced, synced_folder
+from petseg_runtime.files import replacing, synced, synced_folder, write_all
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import Picture
 from petseg_runtime.video.errors import unwritable, writing_errors
@@ -239,11 +239,8 @@ class RawSink(FileSink):
                 "give a folder with --output"
             )
         self._shape = pixels.shape
-        left = pixels.data.cast("B")
         try:
-            while left:  # unbuffered (PYTHONUNBUFFERED), a write that a signal interrupts writes only a part
-                left = left[self._stream.write(left) :]
-            self._stream.flush()
+            write_all(self._stream, pixels.data)
         except BrokenPipeError:
             raise  # the reader has closed its end, which is not an error
         except OSError as error:
