@@ -371,6 +371,22 @@ def test_a_failed_file_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not flushed
 
 
+def test_a_folder_is_synced_after_the_body_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording in segments would run out of descriptors."""
+    synced: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        assert os.path.samestat(os.fstat(descriptor), tmp_path.stat())
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with synced_folder(tmp_path):
+        assert not synced
+    (descriptor,) = synced
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_a_folder_that_cannot_be_synced_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(22, "Invalid argument")

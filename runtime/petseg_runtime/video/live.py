@@ -171,7 +171,7 @@ class LiveSource:
                 break
             self._why = reason if reason != _SILENT else self._why or reason
             left = self._patience_left()
-            if hangs or (seen and self._last_seen - connected > _STABLE):
+            if hangs or self._last_seen - connected > _STABLE:
                 pause = _FIRST_PAUSE
             if hangs:
                 self._tell(StateChange(state, reason, self._attempt))
