@@ -596,6 +596,18 @@ def test_a_source_can_be_stopped_and_given_up_while_a_read_hangs(fifo: Path, ope
 
 
 @pytest.mark.timeout(60)
+def test_a_connection_whose_next_frame_waits_is_closed_when_it_is_left(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    made, _, _ = source([range(100)], monkeypatch, clock)
+    frames: Any = iter(made)
+    assert next(frames).pts == 0
+    time.sleep(0.2)  # until the next one waits
+    frames.close()
+    until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
 def test_patience_may_be_shorter_than_a_stall() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         watched = Watched(f"tcp://127.0.0.1:{server.getsockname()[1]}", stall=30, patience=1)
