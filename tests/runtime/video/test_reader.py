@@ -869,6 +869,14 @@ def test_the_clock_keeps_timestamps_in_order() -> None:
     assert clock.origin == Fraction(7, 10)
 
 
+@pytest.mark.parametrize(("first", "last", "end"), [(700, 1500, 1.54), (0, 1500, 1.54), (-2000, 1500, 3.54)])
+def test_the_end_is_in_the_sources_time_but_counts_what_is_before_zero(first: int, last: int, end: float) -> None:
+    clock = Clock(FakeStream(), 0.0)
+    for pts in (first, last):
+        clock.at(FakePicture(pts, 40))  # type: ignore[arg-type]
+    assert float(clock.end) == end
+
+
 # Pipes.
 
 
