@@ -154,13 +154,11 @@ class LiveSource:
             self._attempt += 1
             self._tell(StateChange("connecting", attempt=self._attempt))
             connected, state, reason = time.monotonic(), "lost", "the connection was closed"
-            seen = hangs = False
+            hangs = False
             try:
                 with self._connected() as connection:
-                    for frame in self._frames(connection):
-                        seen = True
-                        yield frame
-                    if seen and connection.has_end and not self._stopped:
+                    yield from self._frames(connection)
+                    if connection.has_end and not self._stopped:
                         self._tell(StateChange("ended", "end of the source", attempt=self._attempt))
                         return
             except VideoError as error:

@@ -228,12 +228,15 @@ def test_a_stable_connection_resets_the_backoff(monkeypatch: pytest.MonkeyPatch,
     assert clock.waits[5] <= 0.5
 
 
-def test_connections_without_frames_do_not_reset_the_backoff(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    made, changes, _ = source([[] for _ in range(100)], monkeypatch, clock, patience=60)
+@pytest.mark.parametrize("frames", [[], [0]])
+def test_connections_that_break_at_once_do_not_reset_the_backoff(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, frames: list[int]
+) -> None:
+    made, changes, _ = source([frames for _ in range(100)], monkeypatch, clock, patience=60)
     with pytest.raises(UnreadableVideo):
         list(made)
     assert clock.waits[5] > 5
-    assert "live" not in {change.state for change in changes}
+    assert ("live" in {change.state for change in changes}) == bool(frames)
 
 
 def test_default_patience_is_half_a_minute_at_first_and_unlimited_later(
@@ -605,6 +608,15 @@ def test_a_connection_whose_next_frame_waits_is_closed_when_it_is_left(
     time.sleep(0.2)  # until the next one waits
     frames.close()
     until(lambda: not readers())
+
+
+@pytest.mark.timeout(60)
+def test_a_source_that_refuses_is_not_asked_without_pause() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    watched = Watched(address, patience=1)
+    assert watched.ends(20)
+    assert 2 <= watched.states.count("connecting") <= 5
 
 
 @pytest.mark.timeout(60)
