@@ -143,13 +143,11 @@ def sustain(engine: Engine, photos: U8, seconds: float) -> Generator[Interval]:
         EngineError: A run failed.
     """
     callers = engine.describe().streams
-    marks: list[list[float]] = [[] for _ in range(callers)]  # for each caller, its start and the end of each run
+    marks: list[list[float]] = [[] for _ in range(callers)]  # for each caller, the end of each run
     stop = threading.Event()
 
     def call(caller: int) -> None:
-        engine.run(photos)  # a thread's first run creates per-thread resources
-        marks[caller].append(time.perf_counter())
-        while not stop.is_set():
+        while not stop.is_set():  # the first run is not counted: in it, a thread's own resources are created
             engine.run(photos)
             marks[caller].append(time.perf_counter())
 
@@ -190,7 +188,7 @@ def _runs(marks: list[float], begun: float, ended: float) -> float:
     """The number of runs of a caller between two times, including fractions of runs.
 
     Args:
-        marks: The start of its first run, and the end of each run; times that are no longer needed are removed.
+        marks: The end of each run; times that are no longer needed are removed.
         begun: A time no earlier than the first of these.
         ended: A time no later than the last.
     """
