@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import os
@@ -35,6 +36,17 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # The environment may set another number; tests of threads set it themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The garbage collector would scan the loaded modules and tests, half a million objects, again and again: a third of the
+# time that loading them takes, and at each full collection afterwards, which tests of leaks start themselves.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 SIZE = 64
 TRAINVAL, TEST = 24, 6
 
@@ -46,7 +58,7 @@ def any_cpu(item: pytest.Item) -> Iterator[None]:
     The runtime's tests are not affected, because they test that choice.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("openvino") and item.path.parent.name in ("export", "petseg"):
+        if item.path.parent.name in ("export", "petseg") and importlib.util.find_spec("openvino"):
             patch.setattr("petseg_runtime.engines.openvino.computes_in_less", lambda spec, options: False)
         yield
 
