@@ -130,6 +130,12 @@ def tracer(shared_folder: Path) -> Tracer:
     return Tracer(shared_folder / "graphs", graph_bytes)
 
 
+@pytest.fixture
+def known_graph(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reuses traced graphs: a network that another test has traced is not traced again, which takes seconds."""
+    monkeypatch.setattr("petseg_export.build.graph_bytes", tracer)
+
+
 def draw_pet(index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
     """Photo uint8 [H, W, 3] and trimap uint8 [H, W]: a warm ellipse on a cool, noisy background, with a border ring."""
     rng = np.random.default_rng(index)
