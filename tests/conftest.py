@@ -41,10 +41,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Iterator[object]:
     gc.freeze()
     gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()  # otherwise nanobind would report objects that are not freed at exit
 
 
 SIZE = 64
