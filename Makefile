@@ -76,7 +76,8 @@ $(DEMO)/.installed: pyproject.toml
 
 $(DEV)/.installed: pyproject.toml
 	$(call make_venv,$(DEV))
-	$(DEV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(DEV)/bin/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(call compile,$(DEV))
 	@touch $@
 
 $(GPU)/.installed: pyproject.toml | gpu-there
@@ -124,6 +125,11 @@ for name in ("tensorrt", "tensorrt_bindings", "tensorrt_libs"):
         print(f"using the system's {name}")
 endef
 export LINK_TENSORRT
+
+# pip would compile the ten thousand modules on one core. A few are for a newer Python and cannot be compiled.
+define compile
+	@$(1)/bin/python -m compileall -qq -j 0 $(1)/lib/python*/site-packages || true
+endef
 
 define make_venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "petseg needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)")'

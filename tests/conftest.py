@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import os
@@ -35,6 +36,21 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # The environment may set another number; tests of threads set it themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# The garbage collector would scan the loaded modules and tests, half a million objects, again and again: a third of the
+# time that loading them takes, and at each full collection afterwards, which tests of leaks start themselves.
+gc.disable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Iterator[object]:
+    gc.freeze()
+    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()  # otherwise nanobind would report objects that are not freed at exit
+
+
 SIZE = 64
 TRAINVAL, TEST = 24, 6
 
@@ -46,7 +62,7 @@ def any_cpu(item: pytest.Item) -> Iterator[None]:
     The runtime's tests are not affected, because they test that choice.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("openvino") and item.path.parent.name in ("export", "petseg"):
+        if item.path.parent.name in ("export", "petseg") and importlib.util.find_spec("openvino"):
             patch.setattr("petseg_runtime.engines.openvino.computes_in_less", lambda spec, options: False)
         yield
 
@@ -116,6 +132,12 @@ def tracer(shared_folder: Path) -> Tracer:
     from petseg_export.onnx import graph_bytes
 
     return Tracer(shared_folder / "graphs", graph_bytes)
+
+
+@pytest.fixture
+def known_graph(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reuses traced graphs: a network that another test has traced is not traced again, which takes seconds."""
+    monkeypatch.setattr("petseg_export.build.graph_bytes", tracer)
 
 
 def draw_pet(index: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:

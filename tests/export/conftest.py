@@ -103,12 +103,6 @@ def checkpoint_file(trained: Trained, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
-@pytest.fixture
-def known_graph(tracer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reuses traced graphs: a network that another test has traced is not traced again, which takes seconds."""
-    monkeypatch.setattr(build, "graph_bytes", tracer)
-
-
 #: Exports the session's checkpoint with a config.
 Make = Callable[[ExportConfig], Exported]
 

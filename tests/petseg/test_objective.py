@@ -306,7 +306,9 @@ def test_the_state_of_a_run_cannot_be_a_teacher_of_features(oxford_root: Path, t
         Trainer(tiny(*TAUGHT), oxford_root, tmp_path, device=CPU, teacher=whole.folder / LAST)
 
 
-def test_features_of_an_exported_file_are_rejected(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+def test_features_of_an_exported_file_are_rejected(
+    oxford_root: Path, tmp_path: Path, whole: Run, known_graph: None
+) -> None:
     exported = tmp_path / "teacher.onnx"
     export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
     with pytest.raises(CheckpointError, match=r"teacher\.onnx: an exported file, .* or --set loss\.features=0"):

@@ -56,7 +56,7 @@ def test_a_teacher_that_is_no_model_is_rejected(oxford_root: Path, tmp_path: Pat
 
 
 def test_a_teacher_that_has_seen_the_validation_photos_is_reported_for_checkpoints_and_exported_files(
-    oxford_root: Path, tmp_path: Path, whole: Run
+    oxford_root: Path, tmp_path: Path, whole: Run, known_graph: None
 ) -> None:
     best, exported = whole.folder / BEST, tmp_path / "teacher.onnx"
     export(best, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))
@@ -69,7 +69,7 @@ def test_a_teacher_that_has_seen_the_validation_photos_is_reported_for_checkpoin
 
 
 def test_an_exported_teacher_needs_no_engine_for_the_device_of_the_run(
-    oxford_root: Path, tmp_path: Path, whole: Run
+    oxford_root: Path, tmp_path: Path, whole: Run, known_graph: None
 ) -> None:
     exported = tmp_path / "teacher.onnx"
     export(whole.folder / BEST, OnnxConfig(output=exported, data=oxford_root, split="test", photos=4))

@@ -53,7 +53,8 @@ def uninstall(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, ENGINES[engine].loader.partition(":")[0], raising=False)
 
 
-#: For tests that count lines: other engines may print one more, for the precision that they choose.
+#: For tests that count lines: other engines may print one more, for the precision that they choose. And for processes
+#: in which the engine does not matter: OpenVINO takes twice as long to start.
 IN_ONNXRUNTIME = ["--backend", "onnxruntime"]
 
 

@@ -561,12 +561,12 @@ def test_a_coco_file_has_only_current_photos(segmenter: Segmenter, photo_copies:
 
 # ------------------------------------------------------------------------------- real processes, and kill -9
 
-PHOTOS = 500
+PHOTOS = 300
 
 
 @pytest.fixture(scope="module")
 def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five hundred small photos."""
+    """Three hundred small photos."""
     return write_photos(tmp_path_factory.mktemp("many") / "photos", PHOTOS)
 
 
@@ -620,14 +620,10 @@ def noted(out: Path) -> dict[Path, int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"), [(2, 130, "interrupted"), (15, 143, "terminated"), (1, 129, "hung up")]
-)
-def test_a_signal_leaves_complete_results_and_journal(
-    model: Path, many_photos: Path, tmp_path: Path, number: int, code: int, said: str
-) -> None:
-    done = stop_at(30, number, command(model, many_photos, tmp_path / "out"), tmp_path / "out")
-    assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
+def test_a_signal_leaves_complete_results_and_journal(model: Path, many_photos: Path, tmp_path: Path) -> None:
+    """Ctrl-C and a closed terminal are tested in `cli/test_infer_pipes.py`."""
+    done = stop_at(30, signal.SIGTERM, command(model, many_photos, tmp_path / "out"), tmp_path / "out")
+    assert (done.returncode, done.stderr.strip()) == (143, "petseg: terminated")
     assert json.loads(done.stdout.splitlines()[-1])["event"] == "result"
     there = {path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != JOURNAL}
     assert all(path.suffix == ".png" and not path.name.startswith(".") for path in there), "nothing is half-written"
@@ -637,15 +633,16 @@ def test_a_signal_leaves_complete_results_and_journal(
     assert 20 < len(there) < PHOTOS
 
 
-def test_a_repeatedly_killed_run_gives_identical_results(model: Path, many_photos: Path, tmp_path: Path) -> None:
-    """kill -9 three times, SIGTERM once and Ctrl-C once, with five hundred photos."""
+def test_a_repeatedly_killed_run_gives_identical_results(
+    segmenter: Segmenter, model: Path, many_photos: Path, tmp_path: Path
+) -> None:
+    """kill -9 twice, and Ctrl-C once."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     call = command(model, many_photos, out)
     codes = []
     before: dict[Path, int] = {}
-    signals = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
-    for round_, with_signal in enumerate(signals):
-        done = stop_at(60 + 80 * round_, with_signal, call, out)
+    for round_, with_signal in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGKILL)):
+        done = stop_at(60 + 60 * round_, with_signal, call, out)
         assert "Traceback" not in done.stderr
         codes.append(done.returncode)
         for path in out.rglob("*.png"):
@@ -660,16 +657,14 @@ def test_a_repeatedly_killed_run_gives_identical_results(model: Path, many_photo
         left = next(photo for photo in photos if (out / photo).with_suffix(".png") not in now)
         # A kill rarely falls between write and rename.
         (out / left.with_name(f".{left.stem}.0123abcd.part.png")).write_bytes(b"half")
-    assert codes == [-9, 130, -9, 143, -9]
+    assert codes == [-9, 130, -9]
     last = subprocess.run(call, capture_output=True, text=True, timeout=100)
     assert (last.returncode, last.stderr) == (0, "")
     summary = json.loads(last.stdout.splitlines()[-1])
     assert (summary["photos"], summary["failed"], summary["skipped"]) == (PHOTOS, 0, len(before))
     assert summary["done"] == PHOTOS - len(before)
     assert noted(out).items() >= before.items()
-    undisturbed = subprocess.run(command(model, many_photos, whole), capture_output=True, text=True, timeout=100)
-    assert undisturbed.returncode == 0
-    assert len(tree(whole)) == PHOTOS
+    assert segment_folder(segmenter, many_photos, whole).done == PHOTOS
     assert tree(out) == tree(whole)
 
 

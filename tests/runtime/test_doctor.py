@@ -9,9 +9,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -263,11 +263,35 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PyAV does not work (gone)" in doctor._problems((), (), Ffmpeg(error="gone"))[0]
 
 
+#: The probes' answers, by their words.
+Answers: TypeAlias = dict[str, dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examination]:
+def examined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Examination, Answers]:
+    """An examination of this machine, and what each probe answered, because the probes take nearly all of its time."""
+    answers: Answers = {}
+
+    def asked(*words: str, **options: Any) -> dict[str, Any]:
+        answers[" ".join(words)] = answer = probe(*words, **options)
+        return answer
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PETSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield examine()
+        patch.setattr(doctor, "probe", asked)
+        return examine(), answers
+
+
+@pytest.fixture
+def found(examined: tuple[Examination, Answers]) -> Examination:
+    return examined[0]
+
+
+@pytest.fixture
+def answers(examined: tuple[Examination, Answers], monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """The probes' answers, which replace further probes of this process."""
+    monkeypatch.setattr(doctor, "probe", lambda *words, **options: examined[1][" ".join(words)])
+    return examined[1]
 
 
 def test_doctor_works_on_this_machine(found: Examination) -> None:
@@ -363,7 +387,7 @@ def test_if_nothing_works_it_exits_with_5(
 
 @pytest.mark.parametrize("others", [True, False])
 def test_wrong_masks_from_autos_choice_are_a_problem_and_exit_with_5(
-    found: Examination, monkeypatch: pytest.MonkeyPatch, others: bool
+    found: Examination, answers: Answers, monkeypatch: pytest.MonkeyPatch, others: bool
 ) -> None:
     """The rule only checks that an engine loads, so `petseg infer` would use its masks."""
     taken = found.auto["name"]
@@ -384,11 +408,9 @@ def test_wrong_masks_from_autos_choice_are_a_problem_and_exit_with_5(
     assert not result.works
 
 
-def test_a_broken_numpy_is_the_reported_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stand_in(question: str, *words: str, **_: Any) -> dict[str, Any]:
-        return {"error": "it crashed: SIGILL"} if question in ("rule", "auto") else probe(question, *words)
-
-    monkeypatch.setattr(doctor, "probe", stand_in)
+def test_a_broken_numpy_is_the_reported_problem(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {**answers, "rule": {"error": "it crashed: SIGILL"}, "auto": {"error": "it crashed: SIGILL"}}
+    monkeypatch.setattr(doctor, "probe", lambda *words, **options: broken[" ".join(words)])
     found = examine()
     assert (found.works, found.rule, found.engines) == (False, (), ())
     assert found.problems == ("no engine can be tried: it crashed: SIGILL",)
@@ -402,12 +424,15 @@ def test_limits_of_the_control_group_are_shown() -> None:
     assert lines[""].startswith("no instruction set")
 
 
-def test_doctor_itself_imports_neither_numpy_nor_an_engine() -> None:
+def test_doctor_itself_imports_neither_numpy_nor_an_engine(answers: Answers) -> None:
     text = (
-        "import sys\nfrom petseg.cli import run\ncode = run(['doctor', '--json'])\n"
+        "import json, sys\nfrom petseg.cli import run\nfrom petseg_runtime import doctor\n"
+        "answers = json.load(sys.stdin)\ndoctor.probe = lambda *words, **options: answers[' '.join(words)]\n"
+        "code = run(['doctor', '--json'])\n"
         "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\nsys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", text], capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, input=json.dumps(answers), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     modules = set(done.stderr.splitlines()[-1].split())
     assert "petseg_runtime" in modules

@@ -149,7 +149,7 @@ def segment_video(
             report.written = report.found = 0
     except Exception as error:
         if origin.endless:
-            states.end(str(error))
+            states.end("the output is read no more" if isinstance(error, BrokenPipeError) else str(error))
         raise
     finally:
         report.stopped = stream.stopped

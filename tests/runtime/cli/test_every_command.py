@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import files, petseg
+from command_line import IN_ONNXRUNTIME, files, petseg
 from petseg.cli import COMMANDS, run
 from petseg_runtime import __version__, default_model
 from petseg_runtime.engines.base import DEVICES
@@ -94,7 +94,7 @@ def test_a_full_disk_behind_stdout_exits_with_6(
     reds: list[str], tmp_path: Path, args: list[str], unbuffered: str
 ) -> None:
     if args[0] == "infer":
-        args = [*reds, str(tmp_path / "out"), *args[1:]]
+        args = [*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME, *args[1:]]
     command = [sys.executable, "-m", "petseg.cli", *args]
     env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:

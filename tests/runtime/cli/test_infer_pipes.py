@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from command_line import CHELSEA, files, parts, shown_on
+from command_line import CHELSEA, IN_ONNXRUNTIME, files, parts, shown_on
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL
 
@@ -27,7 +27,7 @@ def on_a_terminal(*command: str) -> str:
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    call = [sys.executable, "-m", "petseg.cli", *command]
+    call = [sys.executable, "-m", "petseg.cli", *command, *IN_ONNXRUNTIME]
     running = subprocess.Popen(call, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
     os.close(theirs)
     said = shown_on(mine)
@@ -57,7 +57,7 @@ def test_a_resumed_runs_bar_counts_only_the_remaining_photos(reds: list[str], tm
 def test_a_closed_stdout_with_stderr_on_a_terminal(reds: list[str], tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     mine, theirs = pty.openpty()
-    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]
     running = subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", *command], stdin=theirs, stderr=theirs)
     os.close(theirs)
     with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ def test_a_closed_stdout_with_stderr_on_a_terminal(reds: list[str], tmp_path: Pa
 
 def piped(data: bytes, *args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The real command line, with bytes on standard input."""
-    command = [sys.executable, "-m", "petseg.cli", *map(str, args)]
+    command = [sys.executable, "-m", "petseg.cli", *map(str, args), *IN_ONNXRUNTIME]
     done = subprocess.run(command, input=data, timeout=100, **({"capture_output": True} | options))
     assert b"Traceback" not in (done.stderr or b"")
     return done
@@ -120,7 +120,7 @@ def test_a_closed_standard_stream_is_a_one_line_error(closed: str, code: int, sa
 
 def test_a_closed_stderr_does_not_stop_the_run(reds: list[str], tmp_path: Path) -> None:
     """As in some services: without standard error there is no progress bar, and nothing else changes."""
-    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out")]
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     done = subprocess.run(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=100)
     assert (done.returncode, done.stdout.count(" -> ")) == (0, 5)
@@ -185,7 +185,8 @@ def test_a_broken_pipe_gives_no_traceback_and_leaves_no_partial_file(tmp_path: P
     folder.mkdir()
     for index in range(100):
         (folder / f"{index:03d}.jpg").symlink_to(CHELSEA)
-    command = [sys.executable, "-m", "petseg.cli", "infer", str(folder), "--output", str(tmp_path / "out")]
+    words = ["infer", str(folder), "--output", str(tmp_path / "out"), *IN_ONNXRUNTIME]
+    command = [sys.executable, "-m", "petseg.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -208,7 +209,8 @@ def test_ctrl_c_exits_with_130_and_leaves_only_complete_results(tmp_path: Path) 
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; c.main()"
     )
-    command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
+    words = ["infer", str(folder), "--as", "overlay", "--output", str(out), *IN_ONNXRUNTIME]
+    command = [sys.executable, "-c", program, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(3):
@@ -235,7 +237,8 @@ def test_a_closed_terminal_leaves_only_complete_results(tmp_path: Path) -> None:
     mine, theirs = pty.openpty()
     # The terminal becomes the controlling terminal of the process, as after a login.
     program = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import petseg.cli as c; c.main()"
-    command = [sys.executable, "-c", program, "infer", str(folder), "--as", "overlay", "--output", str(out)]
+    words = ["infer", str(folder), "--as", "overlay", "--output", str(out), *IN_ONNXRUNTIME]
+    command = [sys.executable, "-c", program, *words]
     terminal = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     with subprocess.Popen(command, start_new_session=True, **terminal) as process:
         os.close(theirs)

@@ -29,7 +29,7 @@ import pytest
 from PIL import Image
 
 from clips import HEIGHT, WIDTH, picture, write_clip
-from command_line import shown_on
+from command_line import IN_ONNXRUNTIME, shown_on
 from petseg.cli import run
 from petseg_runtime import images
 from petseg_runtime.cli import infer_video
@@ -66,10 +66,13 @@ def model(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``short.mp4`` with 20 frames, ``long.mp4`` with 1500, and ``cut.mp4``, the second half of which is damaged."""
+    """``short.mp4`` with 20 frames, ``long.mp4`` with 500, and ``cut.mp4``, the second half of which is damaged.
+
+    The lines of 500 frames do not fit into a pipe: a run with --json cannot end before they are read.
+    """
     folder = tmp_path_factory.mktemp("clips")
     write_clip(folder / "short.mp4", 20)
-    write_clip(folder / "long.mp4", 1500)
+    write_clip(folder / "long.mp4", 500)
     whole = write_clip(folder / "whole.ts", 100).read_bytes()
     (folder / "cut.mp4").write_bytes(cut(write_clip(folder / "whole.mp4", 100)))
     assert len(whole) > 0
@@ -114,7 +117,7 @@ def start(model: str) -> Iterator[Callable[..., Command]]:
     begun: list[subprocess.Popen[str]] = []
 
     def begin(*args: object, **options: Any) -> Command:
-        command = [sys.executable, "-m", "petseg.cli", "infer", "--model", model, *map(str, args)]
+        command = [sys.executable, "-m", "petseg.cli", "infer", "--model", model, *IN_ONNXRUNTIME, *map(str, args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
         begun.append(subprocess.Popen(command, **pipes))
         return Command(begun[-1])
@@ -437,11 +440,7 @@ def test_videos_found_beside_photos_are_skipped_if_the_kind_is_unsupported(
     assert f"petseg: {source / 'a.mov'}: {why}" in capsys.readouterr().err
 
 
-#: The signals that stop a run cleanly, each with its exit code.
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-
-
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_a_long_file_cleanly(
     tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
 ) -> None:
@@ -456,7 +455,7 @@ def test_a_signal_stops_a_long_file_cleanly(
     assert summary["videos"] == {"count": 1, "done": 0, "failed": 0, "stopped": 1, "skipped": 0}
     assert tree(tmp_path) == ["long.mp4"]
     assert frames_in(tmp_path / "long.mp4") == video["written"] == video["frames"]["decoded"]
-    assert 5 <= video["written"] < 1500
+    assert 5 <= video["written"] < 500
     with av.open(str(tmp_path / "long.mp4")) as file:
         length = max(packet.pts * packet.time_base for packet in file.demux(audio=0) if packet.pts is not None)
     assert abs(length - video["written"] / 25) < 0.1  # the sound ends with the picture
@@ -509,30 +508,13 @@ def test_a_signal_during_photos_skips_the_videos(tmp_path: Path, clips: Path, st
     assert {name.rpartition(".")[2] for name in tree(tmp_path / "out") if name != JOURNAL} == {"png"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_exits_immediately_and_leaves_nothing(
-    tmp_path: Path, clips: Path, start: Callable[..., Command], number: int, code: int
-) -> None:
-    command = start(clips / "long.mp4", "--as", "overlay", "--output", tmp_path, "--json")
-    assert command.process.stdout
-    fcntl.fcntl(command.process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after about thirty frames
-    command.lines(5)
-    wait_until_full(command.process.stdout.fileno())
-    command.process.send_signal(number)
-    time.sleep(1)
-    command.process.send_signal(number)
-    _, err, returned = command.end()
-    assert returned == code
-    assert "Traceback" not in err
-    assert tree(tmp_path) == []
-
-
 #: A live source that works on every machine.
 CAMERA = "lavfi:testsrc=size=64x48:rate=50,realtime"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("live", [True, False], ids=["live", "file"])
+@pytest.mark.parametrize(
+    ("live", "number", "code"), [(True, signal.SIGINT, 130), (False, signal.SIGINT, 130), (False, signal.SIGTERM, 143)]
+)
 def test_a_second_signal_exits_immediately_with_blocked_output(
     tmp_path: Path, clips: Path, start: Callable[..., Command], live: bool, number: int, code: int
 ) -> None:
@@ -562,7 +544,7 @@ def wait_until_full(pipe: int) -> None:
         time.sleep(0.5)
 
 
-#: The same signal comes twice, as `timeout` sends it, at the fifth frame.
+#: SIGTERM comes twice, as `timeout` sends it, at the fifth frame.
 TWICE = """
 import signal
 from petseg.cli import main
@@ -573,20 +555,18 @@ tell = Videos._print_frame
 def interrupted(self, origin, segmented):
     tell(self, origin, segmented)
     if segmented.frame.number == 4:
-        signal.raise_signal({number})
-        signal.raise_signal({number})
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
 Videos._print_frame = interrupted
 main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_a_duplicate_signal_counts_once(tmp_path: Path, clips: Path, model: str, number: int, code: int) -> None:
-    program = TWICE.format(number=int(number))
+def test_a_duplicate_signal_counts_once(tmp_path: Path, clips: Path, model: str) -> None:
     words = ["infer", str(clips / "long.mp4"), "--as", "overlay", "--output", str(tmp_path), "--model", model, "--json"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (code, "")
+    done = subprocess.run([sys.executable, "-c", TWICE, *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "")
     *_, video, summary = events(done.stdout)
     assert summary["videos"]["stopped"] == 1
     assert frames_in(tmp_path / "long.mp4") == video["written"] >= 5
@@ -619,7 +599,7 @@ def test_a_killed_run_is_resumed(
     assert summary["videos"] == {"count": 3, "done": 1, "failed": 0, "stopped": 0, "skipped": 2}
     assert tree(out) == [JOURNAL, "a/one.mp4", "b/three.mp4", "b/two.mp4", "photo.png"]
     assert (out / "a" / "one.mp4").stat().st_mtime_ns == before
-    assert [frames_in(out / name) for name in ("a/one.mp4", "b/two.mp4", "b/three.mp4")] == [20, 1500, 20]
+    assert [frames_in(out / name) for name in ("a/one.mp4", "b/two.mp4", "b/three.mp4")] == [20, 500, 20]
 
 
 def test_a_deleted_picture_folder_is_recreated(
@@ -784,8 +764,9 @@ def test_a_broken_pipe_is_not_reported_as_an_error(clips: Path, start: Callable[
     process.stdout.read(1000)
     process.stdout.close()
     process.wait(timeout=60)
-    assert b"Traceback" not in process.stderr.read()
-    assert b"Broken" not in process.stderr.read()
+    said = process.stderr.read()
+    assert b"Traceback" not in said
+    assert b"Broken" not in said
     assert process.returncode == 1
 
 
@@ -926,9 +907,9 @@ def test_text_output_has_a_line_per_video_and_a_count(
     assert {"decode:", "convert:", "infer:", "write:", "latency:"} <= set(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("options", "last"), [([], "100%"), (["--max-frames", "30"], "100%")])
+@pytest.mark.parametrize("options", [[], ["--max-frames", "30"]])
 def test_a_terminal_shows_a_bar_with_a_percentage(
-    tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str], last: str
+    tmp_path: Path, clips: Path, start: Callable[..., Command], options: list[str]
 ) -> None:
     terminal, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
