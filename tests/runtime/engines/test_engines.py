@@ -42,7 +42,7 @@ from petseg_runtime.engines.base import (
     check_batch,
     in_batches,
 )
-from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
+from petseg_runtime.engines.registry import ENGINES, MAX_THREADS, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError
 from petseg_runtime.extras import install
 from petseg_runtime.host import Gpu
@@ -228,7 +228,7 @@ def test_fewer_than_one_thread_is_rejected(artifact: Artifact, backend: str, thr
 
 @pytest.mark.parametrize("streams", [0, -1])
 def test_fewer_than_one_stream_is_rejected(artifact: Artifact, backend: str, streams: int) -> None:
-    with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 or more"):
+    with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 to {MAX_THREADS}"):
         load_engine(artifact, backend, streams=streams)
 
 
