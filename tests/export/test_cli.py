@@ -178,6 +178,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--batch", "x"], 2, "'x'; a positive integer"),
     (["--batch", "2.5"], 2, "--batch"),
     (["--batch", "³"], 2, "--batch"),
+    (["--batch", "9" * 5000], 2, "--batch"),
     (["--max-batch", "8"], 2, "--max-batch: does not apply to --format onnx"),
     (["--max-size", "64"], 2, "--max-size: does not apply to --format onnx"),
     (["--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format onnx"),

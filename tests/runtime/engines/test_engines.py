@@ -801,7 +801,8 @@ def test_auto_chooses_the_first_working_line_on_any_machine(make_machine: MakeMa
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
+    "device",
+    ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cuda:" + "9" * 5000, "cpu:0", "CPU", "", "auto:1"],
 )
 def test_an_unknown_device_error_lists_the_existing_ones(make_machine: MakeMachine, device: str) -> None:
     said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
