@@ -82,6 +82,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be created, or the file not be renamed.
     """
+    if not path.name:  # the current folder or the root
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Keeps the suffix, by which writers may choose the format, unless it is too long to be one.
     suffix = path.suffix if len(path.suffix) <= 20 else ""
