@@ -308,11 +308,15 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert failed(["export", str(path)], capsys) == (4, f"petseg: {path}: no such file\n")
 
 
-def test_a_folder_as_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failed(["export", str(tmp_path), "-o", str(tmp_path / "out.onnx")], capsys)
-    assert code == 4
-    assert str(tmp_path) in message
-    assert not list(tmp_path.iterdir())
+def test_a_folder_as_checkpoint_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for args in ([str(tmp_path), "-o", str(tmp_path / "out.onnx")], ["."]):
+        code, message = failed(["export", *args], capsys)
+        assert code == 4
+        assert message.startswith(f"petseg: {args[0]}: a folder; give the checkpoint in it")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("data", ["empty", "nowhere", "notes.json"])
