@@ -125,6 +125,8 @@ def peek(path: str | os.PathLike[str]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open a safetensors file; errors while it is in use become CheckpointErrors."""
+    if path.is_fifo():  # opening it would wait for a writer, perhaps forever
+        raise CheckpointError(f"{path}: not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -174,7 +175,7 @@ def run(args: list[str]) -> int:
             sys.stderr.close()
         return 1
     except OSError as error:
-        return of_output(error)
+        return of_system(error)
 
 
 def report(problem: str) -> None:
@@ -183,14 +184,29 @@ def report(problem: str) -> None:
         click.echo(f"petseg: {problem}", err=True)
 
 
-def of_output(error: OSError) -> int:
-    """Returns the exit code if the error means that standard output cannot be written to.
+def of_place(error: OSError) -> str | None:
+    """Why no command can work here, if that is the error: every path may be the first to show it. None: it is not."""
+    if error.errno == errno.ENAMETOOLONG and error.filename is not None:
+        return f"{shown(os.fsdecode(error.filename))}: no file can have so long a name"
+    if error.errno == errno.ENOENT and error.filename is None:
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            return "the current folder was deleted; change to another (cd)"
+    return None
+
+
+def of_system(error: OSError) -> int:
+    """Returns the exit code if the error means that standard output cannot be written to, or that of :func:`of_place`.
 
     Raises:
         OSError: The error has another cause.
     """
     if error.errno == errno.EIO and leave_terminal():  # the write failed before SIGHUP arrived
         return EXIT_HUNG_UP
+    if why := of_place(error):
+        report(why)
+        return 1
     # Errors on files name the file, so this one is about standard output.
     if error.errno not in FULL or error.filename is not None:
         raise error

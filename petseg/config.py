@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import operator
+import sys
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -408,7 +409,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     *sections, name = key.strip().split(".")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or an integer of thousands of digits
         value = text.strip()
     except RecursionError as error:
         raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}") from error
@@ -438,7 +439,7 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             raise UsageError(f"{name} is {value!r}; a list is expected")
         return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf  # `float` refuses hundreds of digits
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} is {value}; a finite number is expected")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

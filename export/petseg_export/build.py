@@ -114,8 +114,8 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     tell: Watch = watch or (lambda what, done, total: None)
     path = Path(checkpoint_path)
     name, form = registry.format_of(config)
+    checkpoint.peek(path)  # first: "not a checkpoint" is the better error for `petseg export mine.onnx` and for `.`
     output = config.output or path.with_suffix(form.suffix)
-    checkpoint.peek(path)  # first: "not a checkpoint" is the better error for `petseg export mine.onnx`
     _check_overwrites(_output_files(output, name), path, getattr(config, "onnx", None))
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)

@@ -161,7 +161,7 @@ def _size(text: str, option: str) -> tuple[int, int]:
 def _batch(text: str) -> int:
     if text == "dynamic":
         return 0
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isdecimal() and len(text) < 10) or int(text) < 1:  # `int` refuses thousands of digits
         raise click.BadParameter(f"{text!r}; a positive integer or 'dynamic' is expected", param_hint="--batch")
     return int(text)
 

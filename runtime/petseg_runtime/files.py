@@ -84,6 +84,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be created, or the file not be renamed.
     """
+    if not path.name:  # the current folder or the root
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Keeps the suffix, by which writers may choose the format, unless it is too long to be one.
     suffix = path.suffix if len(path.suffix) <= 20 else ""
@@ -94,6 +97,19 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    """Make sure that no device or pipe is replaced, nor a link to one: root may rename a file over /dev/null.
+
+    /dev/stdout is a link to whatever standard output is, which may be a regular file: so nothing in /dev is replaced.
+
+    Raises:
+        OSError: One would be.
+    """
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    if special or os.path.realpath(path.parent) == "/dev":
+        raise OSError(errno.EINVAL, "a device or pipe cannot be replaced by a file", str(path))
 
 
 @contextlib.contextmanager
@@ -128,6 +144,7 @@ def _swap(moves: list[tuple[Path, Path]], folder: Path) -> None:
     for _, place in moves:
         if place.is_dir():  # checked before anything is moved
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
+        _check_replaceable(place)
     with contextlib.ExitStack() as undo:
         for number, (file, place) in enumerate(moves):
             if number < len(moves) - 1:  # nothing can fail after the last move, so it needs no undo

@@ -228,10 +228,11 @@ def stream_origin(text: str, options: Mapping[str, str] | None = None) -> Origin
             f"{shown}: a photo on a server, by its suffix; download it first (curl -s URL | petseg infer -), or if it "
             "is a streaming camera, pass an option for streams (--input-option seekable=0)"
         )
+    target = scheme + text[len(scheme) :]  # FFmpeg does not know RTSP:// and HTTP://
     if suffix in VIDEO_SUFFIXES - {".ts"}:
-        return Origin(text, shown, name.with_suffix(""), None, given)
+        return Origin(target, shown, name.with_suffix(""), None, given)
     usual = {"rtsp_transport": "tcp"} if scheme in ("rtsp", "rtsps") else {}
-    return Origin(text, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)
+    return Origin(target, shown, name, None, {"analyzeduration": "2000000", **usual, **given}, endless=True)
 
 
 #: Credentials that some cameras expect in the path of a URL: ``user=admin&password=secret&channel=1``,

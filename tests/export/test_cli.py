@@ -178,6 +178,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--batch", "x"], 2, "'x'; a positive integer"),
     (["--batch", "2.5"], 2, "--batch"),
     (["--batch", "³"], 2, "--batch"),
+    (["--batch", "9" * 5000], 2, "--batch"),
     (["--max-batch", "8"], 2, "--max-batch: does not apply to --format onnx"),
     (["--max-size", "64"], 2, "--max-size: does not apply to --format onnx"),
     (["--compute-capability", "8.9"], 2, "--compute-capability: does not apply to --format onnx"),
@@ -307,11 +308,15 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     assert failed(["export", str(path)], capsys) == (4, f"petseg: {path}: no such file\n")
 
 
-def test_a_folder_as_checkpoint_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = failed(["export", str(tmp_path), "-o", str(tmp_path / "out.onnx")], capsys)
-    assert code == 4
-    assert str(tmp_path) in message
-    assert not list(tmp_path.iterdir())
+def test_a_folder_as_checkpoint_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for args in ([str(tmp_path), "-o", str(tmp_path / "out.onnx")], ["."]):
+        code, message = failed(["export", *args], capsys)
+        assert code == 4
+        assert message.startswith(f"petseg: {args[0]}: a folder; give the checkpoint in it")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("data", ["empty", "nowhere", "notes.json"])

@@ -173,6 +173,8 @@ def refused(path: Path, said: str = "") -> None:
 
 def test_a_missing_file_or_a_folder_is_rejected(tmp_path: Path) -> None:
     refused(tmp_path / "none.safetensors", "no such file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "not a regular file")
     refused(tmp_path, "a folder; give the checkpoint in it (in a run's folder, best.safetensors)")
 
 

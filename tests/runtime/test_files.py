@@ -8,7 +8,7 @@ import os
 import resource
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,31 @@ def test_a_file_in_place_of_a_parent_folder_is_an_error_and_stays(tmp_path: Path
     with pytest.raises(OSError, match="file"):
         write_atomic(tmp_path / "file" / "below.txt", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def write_staged(path: Path, data: bytes) -> None:
+    with staging(path) as folder:
+        (folder / path.name).write_bytes(data)
+
+
+@pytest.mark.parametrize("write", [write_atomic, write_staged])
+def test_a_pipe_or_a_link_to_a_device_is_an_error_and_stays(
+    tmp_path: Path, write: Callable[[Path, bytes], None]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=f"a device or pipe cannot be replaced by a file: .*{name}"):
+            write(tmp_path / name, b"new")
+    assert set(listed(tmp_path)) == {"link", "pipe"}
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_nothing_in_dev_is_replaced() -> None:
+    """A link as /dev/stdout may lead to a regular file; root could replace it."""
+    with pytest.raises(OSError, match="a device or pipe cannot be replaced by a file"):
+        write_atomic(Path("/dev/petseg-test"), b"new")
 
 
 def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:

@@ -335,6 +335,7 @@ def test_a_map_continues_after_a_bad_photo_in_order(segmenter: Segmenter, tmp_pa
     [
         ({"threads": 0}, "threads is 0"),
         ({"threads": 1.5}, "threads is 1.5"),
+        ({"threads": 10**20}, "threads is 100000000000000000000; it must be a whole number, 1 to 1024"),
         ({"streams": 0}, "streams is 0"),
         ({"size": 256}, r"size is 256; it must be \(height, width\)"),
         ({"size": ()}, r"size is \(\)"),

@@ -758,6 +758,15 @@ def test_a_photo_on_a_server_is_not_a_stream(scheme: str, path: str) -> None:
     assert camera.endless
 
 
+@pytest.mark.parametrize("url", ["RTSP://Host/Live", "Http://Host/Clip.MP4"])
+def test_an_upper_case_scheme_is_passed_to_ffmpeg_in_lower_case(url: str) -> None:
+    """FFmpeg knows its protocols by these names only."""
+    scheme, _, rest = url.partition(":")
+    origin = stream_origin(url)
+    assert origin
+    assert (origin.target, origin.shown) == (f"{scheme.lower()}:{rest}", url)
+
+
 @pytest.mark.parametrize(
     "url",
     ["http://host/cam.mjpg", "http://host/live", "rtsp://host/cam.jpg", "http://a.jpg/live", "http://me:p[w@host/live"],

@@ -492,6 +492,8 @@ def _check(found: _Found, options: _Options) -> None:
             raise UsageError(f"{found.streams[0].shown}: {why}{apart}")
         if kind in KINDS:
             check_looks(kind, None, options.background)
+        elif options.background is not None:
+            raise UsageError("--background is for pictures; --as lines has none")
     for what, names, there in (
         ("videos and streams", VIDEO_OPTIONS, bool(found.streams)),
         ("cameras and streams", ("give_up",), found.live),
@@ -568,6 +570,8 @@ def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
     form = looks.video_format if folder else "raw"
     if options.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
+    if options.no_audio and form not in MOVIES:
+        raise UsageError(f"--no-audio is for movies ({', '.join(MOVIES)}); {form} has no sound anyway")
     if options.resume and found.live:
         raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
     output = Output(

@@ -98,7 +98,8 @@ def parse_size(text: str) -> tuple[int, int]:
         click.BadParameter: The text has neither form.
     """
     parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+    # Python refuses to convert numbers of thousands of digits.
+    if len(parts) not in (1, 2) or not all(part.isdecimal() and len(part) < 10 for part in parts):
         raise click.BadParameter(f"{text!r}: expected HEIGHTxWIDTH, for example 192x256", param_hint="--size")
     return int(parts[0]), int(parts[-1])
 

@@ -52,7 +52,8 @@ class Device:
             EngineError: The text names no device.
         """
         kind, colon, index = text.partition(":")
-        if kind not in DEVICES or (colon and (kind == "cpu" or not (index.isascii() and index.isdecimal()))):
+        numbered = index.isascii() and index.isdecimal() and len(index) < 10  # `int` refuses thousands of digits
+        if kind not in DEVICES or (colon and (kind == "cpu" or not numbered)):
             raise EngineError(
                 f"unknown device {text!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
             )

@@ -15,7 +15,7 @@ from petseg_runtime.engines.base import Device, Engine, EngineOptions
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError, one_line
 from petseg_runtime.extras import install
 
-__all__ = ["ENGINES", "RULE", "Choice", "EngineEntry", "choices", "load_engine"]
+__all__ = ["ENGINES", "MAX_THREADS", "RULE", "Choice", "EngineEntry", "choices", "load_engine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,9 @@ RULE: Final = (
     Choice("openvino", "intel-gpu", asked_only=True),
 )
 
+#: Most threads, and streams, that are accepted: far above, the engines crash, hang, or take them for negative numbers.
+MAX_THREADS: Final = 1024
+
 
 def load_engine(
     artifact: Artifact,
@@ -154,8 +157,8 @@ def load_engine(
         ModelError: The file cannot be read, breaks the contract, or has changed since it was opened.
     """
     for name, value in (("threads", threads), ("streams", streams)):
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise UsageError(f"{name} is {value}; it must be a whole number, 1 or more")
+        if value is not None and not (isinstance(value, int) and 1 <= value <= MAX_THREADS):
+            raise UsageError(f"{name} is {value}; it must be a whole number, 1 to {MAX_THREADS}")
     wanted = None if device == "auto" else Device.parse(device)
     skipped: list[EngineError] = []
     handled = sys.exception()

@@ -47,6 +47,10 @@ _ROOM: Final = 4
 #: stalls for longer gets the newest ones; unbounded, the audio of an endless source would fill the memory.
 _MAX_AUDIO_PACKETS: Final = 3000
 
+#: The longest start, in seconds, and the widest stride, in frames: FFmpeg and movies count time in 64 and 32 bits.
+_LONGEST: Final = 1_000_000_000
+_WIDEST: Final = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -78,7 +82,7 @@ class Reading:
             UsageError: An unknown policy, or a value out of range.
         """
         for name, value, fits, wanted in (
-            ("start", self.start, 0 <= self.start < math.inf, "0 or more"),
+            ("start", self.start, 0 <= self.start <= _LONGEST, f"0 to {_LONGEST}"),
             ("stall", self.stall, self.stall > 0, "above 0"),
             ("patience", self.patience, self.patience is None or self.patience >= 0, "0 or more"),
         ):
@@ -86,9 +90,12 @@ class Reading:
                 raise UsageError(f"{name} is {value}; it must be a number of seconds, {wanted}")
         if self.policy is not None and self.policy not in POLICIES:
             raise UsageError(f"there is no policy {self.policy!r}; there are: {', '.join(POLICIES)}")
-        for name, value in (("stride", self.stride), ("max_frames", 1 if self.max_frames is None else self.max_frames)):
-            if not (isinstance(value, numbers.Integral) and value >= 1):  # also accepts NumPy's integers
-                raise UsageError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        for name, value, most, wanted in (
+            ("stride", self.stride, _WIDEST, f"1 to {_WIDEST}"),
+            ("max_frames", 1 if self.max_frames is None else self.max_frames, math.inf, "1 or more"),
+        ):
+            if not (isinstance(value, numbers.Integral) and 1 <= value <= most):  # also accepts NumPy's integers
+                raise UsageError(f"{name} is {value!r}; it must be a whole number, {wanted}")
         check_strength(self.smooth)
 
     def of(self, *, endless: bool) -> Reading:

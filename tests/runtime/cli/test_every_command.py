@@ -86,6 +86,25 @@ def test_an_invalid_number_exits_with_2(args: list[str], value: str, capsys: pyt
     assert f"Invalid value for '{args[-1]}': {value} is not" in err
 
 
+def test_a_deleted_working_folder_is_a_one_line_error(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert run(["infer", str(photo)]) == 1
+    assert capsys.readouterr() == ("", "petseg: the current folder was deleted; change to another (cd)\n")
+
+
+def test_a_name_that_is_too_long_is_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: os.stat("a\n" * 200))  # noqa: PTH116 (Path may hide it)
+    assert run(["verify"]) == 1
+    assert capsys.readouterr().err == "petseg: " + r"a\n" * 200 + ": no file can have so long a name\n"
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "args", [["--version"], ["info", str(default_model())], ["infer"], ["infer", "--json"]], ids=" ".join

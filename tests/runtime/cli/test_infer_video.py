@@ -982,6 +982,13 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
             2,
             "--segment is for movies (mp4, webm) and lines, not png",
         ),
+        (
+            ["{clip}", "--as", "mask", "--format", "png", "--no-audio"],
+            2,
+            "--no-audio is for movies (mp4, webm); png has no sound anyway",
+        ),
+        (["{clip}", "--as", "lines", "--no-audio"], 2, "ndjson has no sound anyway"),
+        (["{clip}", "--as", "lines", "--background", "red"], 2, "--background is for pictures; --as lines has none"),
         (["{clip}", "--as", "background"], 2, "--background COLOUR or FILE and --as background belong together"),
         (["{clip}", "--background", "chartruse"], 1, "neither a colour"),
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),

@@ -37,8 +37,9 @@ def test_a_verification_never_overwrites_the_model(
     assert (tmp_path / kept).read_bytes() == before
 
 
-def test_an_unwritable_result_is_still_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["verify", "--output", "/proc/nowhere.json"]) == 6
+@pytest.mark.parametrize("place", ["/proc/nowhere.json", "."])
+def test_an_unwritable_result_is_still_reported(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", "--output", place]) == 6
     out, err = capsys.readouterr()
     assert "passed" in out
     assert "--output" in err

@@ -42,7 +42,7 @@ from petseg_runtime.engines.base import (
     check_batch,
     in_batches,
 )
-from petseg_runtime.engines.registry import ENGINES, RULE, load_engine
+from petseg_runtime.engines.registry import ENGINES, MAX_THREADS, RULE, load_engine
 from petseg_runtime.errors import EngineError, EngineMissing, UsageError
 from petseg_runtime.extras import install
 from petseg_runtime.host import Gpu
@@ -228,7 +228,7 @@ def test_fewer_than_one_thread_is_rejected(artifact: Artifact, backend: str, thr
 
 @pytest.mark.parametrize("streams", [0, -1])
 def test_fewer_than_one_stream_is_rejected(artifact: Artifact, backend: str, streams: int) -> None:
-    with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 or more"):
+    with pytest.raises(UsageError, match=f"streams is {streams}; it must be a whole number, 1 to {MAX_THREADS}"):
         load_engine(artifact, backend, streams=streams)
 
 
@@ -801,7 +801,8 @@ def test_auto_chooses_the_first_working_line_on_any_machine(make_machine: MakeMa
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cpu:0", "CPU", "", "auto:1"]
+    "device",
+    ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cuda:" + "9" * 5000, "cpu:0", "CPU", "", "auto:1"],
 )
 def test_an_unknown_device_error_lists_the_existing_ones(make_machine: MakeMachine, device: str) -> None:
     said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
