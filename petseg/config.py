@@ -412,6 +412,8 @@ def override(raw: dict[str, Any], assignment: str) -> None:
         value = text.strip()
     except RecursionError as error:
         raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}") from error
+    except ValueError as error:  # more digits than Python reads
+        raise UsageError(f"--set {assignment[:60]!r}: {error}") from error
     if len(sections) >= MOST_LEVELS or is_deep(value):
         raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}")
     for section in sections:
@@ -438,7 +440,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             raise UsageError(f"{name} is {value!r}; a list is expected")
         return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UsageError(f"{name} is too large; a number below 1.8e308 is expected") from error
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} is {value}; a finite number is expected")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
