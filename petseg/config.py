@@ -440,15 +440,20 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             raise UsageError(f"{name} is {value!r}; a list is expected")
         return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise UsageError(f"{name} is too large; a number below 1.8e308 is expected") from error
+        value = _as_float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} is {value}; a finite number is expected")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UsageError(f"{name} is {value!r}; {hint.__name__} is expected")
     return value
+
+
+def _as_float(number: int) -> float:
+    """Convert a whole number; infinity if it is beyond the range of floats."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -90,8 +90,11 @@ def test_a_checkpoint_without_training_config_uses_the_default_split(oxford_root
 
 @pytest.mark.parametrize(
     "data",
-    [5, "pets", {"val_fraction": "many"}, {"val_fraction": None}, {"split_seed": [1]}]
-    + [{"val_fraction": math.nan}, {"val_fraction": 10**400}, {"val_fraction": 2.0}, {"split_seed": math.inf}],
+    [
+        *(5, "pets"),
+        *({"val_fraction": value} for value in ("many", None, math.nan, 10**400, 2.0)),
+        *({"split_seed": value} for value in ([1], math.inf)),
+    ],
 )
 def test_an_invalid_training_config_is_an_error(oxford_root: Path, data: Any) -> None:
     with pytest.raises(CheckpointError, match="training config is damaged"):
