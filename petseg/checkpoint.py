@@ -182,7 +182,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[AttentionUNet, Checkpoint]
         model.load_state_dict(state, assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its tensors do not fit the network in its header ({error})") from error
     if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise CheckpointError(f"{path}: NaN or infinity in {', '.join(bad[:3])}; the training run diverged")

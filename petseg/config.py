@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import operator
-import sys
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -409,10 +408,12 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     *sections, name = key.strip().split(".")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
-    except ValueError:  # not TOML, or an integer of thousands of digits
+    except tomllib.TOMLDecodeError:
         value = text.strip()
     except RecursionError as error:
         raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}") from error
+    except ValueError as error:  # more digits than Python reads
+        raise UsageError(f"--set {assignment[:60]!r}: {error}") from error
     if len(sections) >= MOST_LEVELS or is_deep(value):
         raise UsageError(f"--set {assignment[:60]!r}: {_DEEP}")
     for section in sections:
@@ -439,12 +440,20 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
             raise UsageError(f"{name} is {value!r}; a list is expected")
         return tuple(_typed(typing.get_args(hint)[0], item, name) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= sys.float_info.max else math.inf  # `float` refuses hundreds of digits
+        value = _as_float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} is {value}; a finite number is expected")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UsageError(f"{name} is {value!r}; {hint.__name__} is expected")
     return value
+
+
+def _as_float(number: int) -> float:
+    """Convert a whole number; infinity if it is beyond the range of floats."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

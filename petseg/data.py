@@ -319,7 +319,7 @@ def photo_key(pair: Pair) -> str | None:
         with pair.image.open("rb") as file:
             file.seek(max(0, (size - KEY_BYTES) // 2))
             middle = file.read(KEY_BYTES)
-    except OSError:
+    except (OSError, ValueError):  # the latter: a listing of another encoding gave a name with a zero byte
         return None
     digest = hashlib.sha256(encoded(f"{pair.name}/{size}/") + middle).digest()
     return base64.urlsafe_b64encode(digest)[:KEY_LENGTH].decode()
@@ -605,13 +605,13 @@ def check(pairs: Sequence[Pair], watch: Callable[[int], None] | None = None) -> 
 def _checked(pair: Pair, take: Take) -> CheckReport:
     """Check one pair."""
     report = CheckReport(pairs=1)
-    if gone := [path for path in (pair.image, pair.mask) if not path.exists()]:
-        report.missing += map(str, gone)
-        return report
     try:
+        if gone := [path for path in (pair.image, pair.mask) if not path.exists()]:
+            report.missing += map(str, gone)
+            return report
         photo, trimap = _decoded(pair, take), read_trimap(pair, take)
         turned = _ambiguous_orientation(pair, photo)
-    except (DataError, InputError) as error:
+    except (DataError, InputError, OSError) as error:  # the last from `exists`: no permission, or too long a name
         report.unreadable.append(str(error))
         return report
     if photo.pixels.shape[:2] != trimap.shape:

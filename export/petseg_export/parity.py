@@ -165,9 +165,12 @@ def _split_settings(loaded: Checkpoint) -> tuple[float, int]:
     """
     try:
         config = loaded.meta.get("config", {}).get("data", {})
-        return float(config.get("val_fraction", VAL_FRACTION)), int(config.get("split_seed", SPLIT_SEED))
-    except (AttributeError, TypeError, ValueError) as error:
+        fraction, seed = float(config.get("val_fraction", VAL_FRACTION)), int(config.get("split_seed", SPLIT_SEED))
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"its training config is damaged ({error})") from error
+    if not 0 < fraction < 1:  # NaN is in no range
+        raise CheckpointError(f"its training config is damaged (val_fraction is {fraction})")
+    return fraction, seed
 
 
 def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:

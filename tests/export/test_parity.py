@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,7 +88,14 @@ def test_a_checkpoint_without_training_config_uses_the_default_split(oxford_root
     assert names(parity.labelled(oxford_root, "val", Checkpoint({}, {}, ""))) == want
 
 
-@pytest.mark.parametrize("data", [5, "pets", {"val_fraction": "many"}, {"val_fraction": None}, {"split_seed": [1]}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(5, "pets"),
+        *({"val_fraction": value} for value in ("many", None, math.nan, 10**400, 2.0)),
+        *({"split_seed": value} for value in ([1], math.inf)),
+    ],
+)
 def test_an_invalid_training_config_is_an_error(oxford_root: Path, data: Any) -> None:
     with pytest.raises(CheckpointError, match="training config is damaged"):
         parity.labelled(oxford_root, "val", checkpoint_of(data))

@@ -318,6 +318,7 @@ def test_the_shape_of_another_member_of_the_family_comes_back(tmp_path: Path) ->
 
 BAD = [None, 3, {}, {"width": 3}, {"width": "2"}, {"width": None}, {"height": 2}, [2]]
 BAD_SHAPES = [{"levels": 3}, {"levels": ["a", "b"]}, {"stem": 1}, {"ungated": [9]}, {"decoder_convs": [1]}]
+BAD_SHAPES += [{"levels": [float("nan"), 2]}]  # valid in Python's JSON
 
 
 @pytest.mark.parametrize("model", [*BAD, *({"width": 2, **bad} for bad in BAD_SHAPES)])

@@ -188,7 +188,6 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
         ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
         ("optimizer.lr=-1", "optimizer.lr is -1"),
         ("optimizer.lr=" + "9" * 400, "optimizer.lr is inf; a finite number is expected"),
-        ("epochs=" + "9" * 5000, "int is expected"),
         ("epochs=0", "epochs is 0"),
         ("epochs.more=1", "'epochs' is a setting"),
         ("amp=fp8", "amp is 'fp8'; one of auto, bf16, fp16, fp32"),

@@ -146,6 +146,7 @@ def test_an_unknown_name_is_rejected_with_the_known_ones(raw: dict[str, Any], na
         ({"data": {"workers": "many"}}, "data.workers is 'many'; int or auto is expected"),
         ({"data": {"workers": 2.0}}, "data.workers is 2.0; int"),
         ({"data": {"workers": True}}, "data.workers is True; int"),
+        ({"optimizer": {"lr": 10**400}}, "optimizer.lr is inf; a finite number"),
     ],
 )
 def test_a_wrong_type_is_rejected_by_name(raw: dict[str, Any], said: str) -> None:
@@ -347,6 +348,11 @@ def test_override_replaces_one_value_and_keeps_its_neighbours() -> None:
 def test_override_without_a_name_or_a_value_is_rejected(assignment: str) -> None:
     with pytest.raises(UsageError, match="NAME=VALUE"):
         override({}, assignment)
+
+
+def test_a_number_of_more_digits_than_python_reads_is_rejected_in_one_short_line() -> None:
+    with pytest.raises(UsageError, match=r"^--set 'seed=1{55}': .{1,200}$"):
+        override({}, "seed=" + "1" * 5000)
 
 
 @pytest.mark.parametrize(

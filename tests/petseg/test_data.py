@@ -410,7 +410,8 @@ def test_photos_of_one_name_and_one_file_size_have_keys_of_their_own(tmp_path: P
 
 def test_what_is_no_regular_file_has_no_key_and_nobody_waits_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "photo.bmp")
-    assert photo_key(Pair("photo", tmp_path / "photo.bmp", tmp_path / "mask.png", Layout.FOLDER)) is None
+    for name in ("photo.bmp", "zero\0byte.bmp"):
+        assert photo_key(Pair("photo", tmp_path / name, tmp_path / "mask.png", Layout.FOLDER)) is None
 
 
 def turned_pair(root: Path, photo: int, mask: int, shape: tuple[int, int]) -> tuple[Pair, np.ndarray]:
@@ -630,6 +631,14 @@ def test_check_opens_photos_at_the_same_time(oxford_root: Path, monkeypatch: pyt
 
 def test_check_of_nothing_is_not_usable() -> None:
     assert not check([]).usable
+
+
+def test_check_names_a_photo_whose_name_no_file_can_have(oxford_copy: Path) -> None:
+    with (oxford_copy / "annotations" / "trainval.txt").open("a") as listing:
+        listing.write("x" * 300 + "\n")
+    report = check(find(oxford_copy, Split.TRAINVAL))
+    assert [f"{'x' * 300}.jpg" in line for line in report.unreadable] == [True]
+    assert report.pairs == 25
 
 
 def test_check_names_the_mask_that_a_folder_lacks(folder_copy: Path) -> None:

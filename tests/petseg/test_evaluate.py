@@ -265,7 +265,7 @@ def test_a_checkpoint_and_its_exported_file_score_the_same(
     summaries = []
     for path in (checkpoint, exported):
         with open_model(path, "cpu") as opened:
-            assert (opened.height, opened.width, opened.threshold) == (32, 48, 0.55)
+            assert (opened.height, opened.width, opened.threshold, opened.cutout_threshold) == (32, 48, 0.55, 0.4)
             summaries.append(evaluate(opened.run, pets, opened.height, opened.width).summary(opened.threshold))
     first, second = summaries
     assert 0.01 < first["iou"] < 0.99, "neither an empty nor a perfect mask would prove anything"
