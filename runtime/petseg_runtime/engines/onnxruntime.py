@@ -296,6 +296,8 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
                 f"the versions of CUDA and cuDNN that this onnxruntime-gpu was built for are needed: {install('gpu')}"
             )
+            if device.index >= len(there):  # ONNX Runtime says only "Parse Failed"
+                remedy = f"there is no {device}"
             why = f"GPUs of this machine: {shown}; {remedy}"
         heard = f"; {one_line(printed.getvalue())}" if printed.getvalue() else ""
         raise EngineError(f"{device} is not available: {error} ({why}{heard})") from error
