@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import getpass
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +83,59 @@ def test_make_uses_only_tensorrt_from_the_system(tmp_path: Path) -> None:
         "tensorrt_libs": False,
     }
     assert (environment / "tensorrt").resolve() == system / "tensorrt"
+
+
+def ours(name: str) -> list[Path]:
+    """The files that an import of our module ``name`` runs: its packages' and its own; none if it is not ours."""
+    parts, roots = name.split("."), ("", "export", "runtime", "tests/petseg", "tests/runtime")
+    stems = [ROOT.joinpath(root, *parts[: i + 1]) for root in roots for i in range(len(parts))]
+    return [file for stem in stems for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()]
+
+
+def imports_of(file: Path) -> tuple[set[str], list[Path]]:
+    """The packages from elsewhere and our files that a module imports, up to a line that skips it without a package."""
+    packages: set[str] = set()
+    files: list[Path] = []
+    for line in ast.parse(file.read_bytes()).body:
+        if isinstance(line, ast.Assign) and "importorskip(" in ast.unparse(line):
+            break
+        names = [alias.name for alias in line.names] if isinstance(line, ast.Import | ast.ImportFrom) else []
+        if isinstance(line, ast.ImportFrom):
+            names = [str(line.module), *(f"{line.module}.{name}" for name in names)]
+        for name in names:
+            inside = ours(name)
+            files += inside
+            packages |= set() if inside else {name.partition(".")[0]}
+    return packages, files
+
+
+def package(requirement: str) -> str:
+    """The name in a requirement."""
+    return re.split(r"[\[>]", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_tests_can_be_imported_with_what_make_gpu_check_installs() -> None:
+    """Otherwise their collection would end with an error, and the check would fail on every GPU."""
+    rule = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = re.findall(r"^GPU_EXTRAS := (.+)$", rule, re.MULTILINE)[0].split(",")
+    others = re.findall(r'"\.\[\$\(GPU_EXTRAS\)\]" (.+)$', rule, re.MULTILINE)[0].split()
+    with (ROOT / "pyproject.toml").open("rb") as toml:
+        needed = tomllib.load(toml)["project"]["optional-dependencies"]
+    # `gpu` has the module of `cpu`.
+    installed = {*others, *(package(line) for extra in (*extras, "cpu") for line in needed[extra])}
+    missing = {package(line) for extra in ("dev", "openvino", "heic") for line in needed[extra]} - installed
+    there = importlib.metadata.packages_distributions()
+    absent = {module for module, names in there.items() if missing & {package(name) for name in names}}
+    assert "pycocotools" in absent
+    read: set[Path] = set()
+    waiting = [(test, test) for test in (ROOT / "tests").rglob("*.py")]
+    while waiting:
+        file, test = waiting.pop()
+        if file not in read:
+            read.add(file)
+            packages, files = imports_of(file)
+            assert not packages & absent, f"{test} imports {file}"
+            waiting += [(other, test) for other in files]
 
 
 def test_each_tests_outcome_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
