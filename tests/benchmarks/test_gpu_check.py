@@ -219,6 +219,19 @@ def test_every_test_that_did_not_pass_is_listed() -> None:
     assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
 
 
+def test_an_engine_that_is_not_made_for_the_gpu_is_no_failure() -> None:
+    """TensorRT for RTX, which `make gpu-check` installs, does not support the GPUs of data centres from Hopper on."""
+    why = (
+        "TensorRT for RTX 1.7.1.116 cannot build for compute capability 9.0; it supports 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
+    )
+    foreign = {**record()["doctor"], "engines": [engine(), engine("tensorrt-rtx", works=False, why=why)]}
+    ended = {"exit_code": 5, "answer": None}
+    some = {"parity": {"tensorrt-rtx": ended}, "benchmarks": {check.WITHOUT_GRAPHS: ended}}
+    assert check.failures(record(doctor=foreign, **some)) == []
+    foreign["engines"] = foreign["engines"][1:]
+    assert check.failures(record(doctor=foreign, **some)) == ["no engine works on the GPU"]
+
+
 def test_the_text_output_is_a_summary() -> None:
     assert check.summary(record(failures=["this", "that"])) == [
         "NVIDIA RTX, CUDA 13.0",
