@@ -22,6 +22,7 @@ import pytest
 from benchmarks import gpu_check as check
 from benchmarks.__main__ import main
 from petseg_runtime import doctor
+from petseg_runtime.artifact import sample_photos
 from petseg_runtime.host import Gpu, nvidia_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,7 @@ def record(**values: Any) -> dict[str, Any]:
         "parity": {"onnxruntime": {"exit_code": 0}, "tensorrt": {"exit_code": 5}},
         "benchmarks": {"batch 1": {"exit_code": 0, "answer": {"rows": [row]}}},
         "latency": {"exit_code": 0, "answer": measured},
+        "photos": {"onnxruntime": {"exit_code": 0, "answer": {"done": 300, "seconds": 0.5}}},
         "video": {"overlay": {"exit_code": 0, "answer": {"rate": 311.2}}},
         "failures": [],
         **values,
@@ -215,6 +217,7 @@ def test_every_test_that_did_not_pass_is_listed() -> None:
     broken = {"batch 8": {"exit_code": -11, "answer": None}}
     assert check.failures(record(benchmarks=broken)) == ["benchmark, batch 8: exit code -11"]
     assert check.failures(record(latency={"exit_code": 1, "answer": None})) == ["latency: exit code 1"]
+    assert check.failures(record(photos={"onnxruntime": {"exit_code": 3}})) == ["photos in onnxruntime: exit code 3"]
     on_cpu = {"exit_code": 0, "answer": {"rows": [{"device": "cpu"}]}}
     assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
 
@@ -226,7 +229,8 @@ def test_an_engine_that_is_not_made_for_the_gpu_is_no_failure() -> None:
     )
     foreign = {**record()["doctor"], "engines": [engine(), engine("tensorrt-rtx", works=False, why=why)]}
     ended = {"exit_code": 5, "answer": None}
-    some = {"parity": {"tensorrt-rtx": ended}, "benchmarks": {check.WITHOUT_GRAPHS: ended}}
+    of_engines = {part: {"tensorrt-rtx": ended} for part in ("parity", "photos")}
+    some = {**of_engines, "benchmarks": {check.WITHOUT_GRAPHS: ended}}
     assert check.failures(record(doctor=foreign, **some)) == []
     foreign["engines"] = foreign["engines"][1:]
     assert check.failures(record(doctor=foreign, **some)) == ["no engine works on the GPU"]
@@ -240,6 +244,7 @@ def test_the_text_output_is_a_summary() -> None:
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
         "interleaved, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
         "interleaved, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
+        "photos in onnxruntime: 600 photos/s",
         "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",
@@ -264,6 +269,23 @@ def test_the_latency_record_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch
     assert [words for words in ran[0] if words.startswith("--") and words.lstrip("-") not in helped.stdout] == []
     refused = subprocess.run([*ran[0], "--rounds", "few"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "'few' is not a valid integer" in refused.stderr, "the options before it were understood"
+
+
+def test_a_folder_of_photos_is_processed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU here: the same command, but for the device."""
+    real = check.run_program
+    ran: list[list[str]] = []
+
+    def on_cpu(words: list[str]) -> dict[str, Any]:
+        ran.append(words)
+        return real(["cpu" if word == "cuda" else word for word in words])
+
+    monkeypatch.setattr(check, "run_program", on_cpu)
+    monkeypatch.setattr(check, "COPIES", 2)
+    done = check.photos("onnxruntime")
+    assert (done["exit_code"], done["answer"]["done"]) == (0, 2 * len(sample_photos())), done["said"]
+    assert ran[0][ran[0].index("--device") + 1] == "cuda"
+    assert done["answer"]["seconds"] > 0
 
 
 def test_names_and_paths_are_removed_from_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +314,7 @@ def test_the_gpu_record_contains_no_names(
     monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
     machine = {"rows": [], "networks": [], "folder": str(ROOT / "x")}
     monkeypatch.setattr(check, "latency", lambda: {"exit_code": 0, "answer": machine, "said": []})
+    monkeypatch.setattr(check, "COPIES", 1)
     output = tmp_path / "gpu-check.json"
     with pytest.raises(SystemExit) as ended:
         check.gpu_check.main(["--output", str(output)])
@@ -304,6 +327,7 @@ def test_the_gpu_record_contains_no_names(
     assert written["schema_version"] == 1
     assert written["doctor"]["gpus"][0]["name"] == "NVIDIA RTX"
     assert set(written["benchmarks"]) == {"batch 1", "batch 8", "batch 32", "without CUDA graphs"}
+    assert set(written["photos"]) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
     assert set(written["parity"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
     for private in (str(ROOT), sys.prefix, str(tmp_path), os.environ["XDG_CACHE_HOME"]):
         assert private not in text
