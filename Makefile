@@ -53,10 +53,10 @@ bench: $(DEV)/.installed
 	@BIN="$(DEV)/bin" DATA="$(DATA)" ISNET="$(ISNET)" PETSEG_RESULTS="$(RESULTS)" sh -c "$$BENCH"
 
 # Needs an NVIDIA GPU and its driver, and exits with a message if there is none. CUDA and cuDNN come with the packages:
-# `gpu` is ONNX Runtime on CUDA, `rtx` is TensorRT for RTX; `train` and `export` are for the tests of training on a GPU and
-# of compiling for one. TensorRT is taken from the system if $(PYTHON) can import it (a Jetson, an NVIDIA container);
-# otherwise, `make gpu-check GPU_EXTRAS=train,export,gpu,rtx,trt` installs it from NVIDIA.
-GPU_EXTRAS := train,export,gpu,rtx
+# `gpu` is ONNX Runtime on CUDA, `rtx` is TensorRT for RTX; `train`, `export` and `openvino` are for the tests of training
+# on a GPU and of compiling for one. TensorRT is taken from the system if $(PYTHON) can import it (a Jetson, an NVIDIA
+# container); otherwise, `make gpu-check GPU_EXTRAS=train,export,openvino,gpu,rtx,trt` installs it from NVIDIA.
+GPU_EXTRAS := train,export,openvino,gpu,rtx
 gpu-check: $(GPU)/.installed
 	@$(PYTHON) -c "$$LINK_TENSORRT" $$($(GPU)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 	$(GPU)/bin/python -m benchmarks.gpu_check

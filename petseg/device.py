@@ -36,16 +36,24 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype:
     """Returns the precision for ``amp``; auto is bf16 if the hardware supports it, else fp16 on GPUs and fp32 on CPUs.
 
     Raises:
-        UsageError: fp16 on a CPU, where gradients would underflow because they are not scaled.
+        UsageError: fp16 on a CPU, where gradients would underflow because they are not scaled; or bf16 on a GPU for
+            which cuDNN has no convolutions in bf16.
     """
     if amp == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+            return torch.bfloat16 if _gpu_has_bf16(device) else torch.float16
         return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[amp]
     if dtype is torch.float16 and device.type == "cpu":
         raise UsageError("amp is fp16 on a CPU: gradients would underflow; use bf16 or fp32")
+    if dtype is torch.bfloat16 and device.type == "cuda" and not _gpu_has_bf16(device):
+        raise UsageError(f"amp is bf16, which {torch.cuda.get_device_name(device)} does not compute; use fp16 or fp32")
     return dtype
+
+
+def _gpu_has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16: Ampere and later."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cpu_has_bf16() -> bool:

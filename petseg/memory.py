@@ -11,9 +11,13 @@ from petseg_runtime.errors import EngineError
 
 __all__ = ["enough_memory"]
 
-#: Out-of-memory errors of PyTorch, cuDNN, cuBLAS and CUDA that have no exception class, and the error about a dead
-#: dataloader worker.
-NO_MEMORY: Final = re.compile(r"can't allocate memory|CU(DNN|BLAS)_STATUS_ALLOC_FAILED|CUDA error: out of memory")
+#: Out-of-memory errors of PyTorch, cuDNN, cuBLAS, NCCL and CUDA that have no exception class, and the error about a
+#: dead dataloader worker. cuDNN 9 has two new names for its error. If memory for a convolution's workspace is missing,
+#: PyTorch tries all algorithms, drops their out-of-memory errors, and says only that it found no engine.
+NO_MEMORY: Final = re.compile(
+    r"can't allocate memory|CUDNN_STATUS_\w*ALLOC\w*_FAILED|CUBLAS_STATUS_ALLOC_FAILED|CUDA error: out of memory"
+    r"|CUDA ran out of memory|Cuda failure( \d+)? 'out of memory'|unable to find an engine to execute this computation"
+)
 WORKER_GONE: Final = re.compile(r"DataLoader worker \(pid")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import getpass
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import pytest
 from benchmarks import gpu_check as check
 from benchmarks.__main__ import main
 from petseg_runtime import doctor
+from petseg_runtime.artifact import sample_photos
 from petseg_runtime.host import Gpu, nvidia_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +86,59 @@ def test_make_uses_only_tensorrt_from_the_system(tmp_path: Path) -> None:
     assert (environment / "tensorrt").resolve() == system / "tensorrt"
 
 
+def ours(name: str) -> list[Path]:
+    """The files that an import of our module ``name`` runs: its packages' and its own; none if it is not ours."""
+    parts, roots = name.split("."), ("", "export", "runtime", "tests/petseg", "tests/runtime")
+    stems = [ROOT.joinpath(root, *parts[: i + 1]) for root in roots for i in range(len(parts))]
+    return [file for stem in stems for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()]
+
+
+def imports_of(file: Path) -> tuple[set[str], list[Path]]:
+    """The packages from elsewhere and our files that a module imports, up to a line that skips it without a package."""
+    packages: set[str] = set()
+    files: list[Path] = []
+    for line in ast.parse(file.read_bytes()).body:
+        if isinstance(line, ast.Assign) and "importorskip(" in ast.unparse(line):
+            break
+        names = [alias.name for alias in line.names] if isinstance(line, ast.Import | ast.ImportFrom) else []
+        if isinstance(line, ast.ImportFrom):
+            names = [str(line.module), *(f"{line.module}.{name}" for name in names)]
+        for name in names:
+            inside = ours(name)
+            files += inside
+            packages |= set() if inside else {name.partition(".")[0]}
+    return packages, files
+
+
+def package(requirement: str) -> str:
+    """The name in a requirement."""
+    return re.split(r"[\[>]", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_tests_can_be_imported_with_what_make_gpu_check_installs() -> None:
+    """Otherwise their collection would end with an error, and the check would fail on every GPU."""
+    rule = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = re.findall(r"^GPU_EXTRAS := (.+)$", rule, re.MULTILINE)[0].split(",")
+    others = re.findall(r'"\.\[\$\(GPU_EXTRAS\)\]" (.+)$', rule, re.MULTILINE)[0].split()
+    with (ROOT / "pyproject.toml").open("rb") as toml:
+        needed = tomllib.load(toml)["project"]["optional-dependencies"]
+    # `gpu` has the module of `cpu`.
+    installed = {*others, *(package(line) for extra in (*extras, "cpu") for line in needed[extra])}
+    missing = {package(line) for extra in ("dev", "openvino", "heic") for line in needed[extra]} - installed
+    there = importlib.metadata.packages_distributions()
+    absent = {module for module, names in there.items() if missing & {package(name) for name in names}}
+    assert "pycocotools" in absent
+    read: set[Path] = set()
+    waiting = [(test, test) for test in (ROOT / "tests").rglob("*.py")]
+    while waiting:
+        file, test = waiting.pop()
+        if file not in read:
+            read.add(file)
+            packages, files = imports_of(file)
+            assert not packages & absent, f"{test} imports {file}"
+            waiting += [(other, test) for other in files]
+
+
 def test_each_tests_outcome_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_a.py").write_text(
         "import pytest\n"
@@ -139,6 +197,7 @@ def record(**values: Any) -> dict[str, Any]:
         "parity": {"onnxruntime": {"exit_code": 0}, "tensorrt": {"exit_code": 5}},
         "benchmarks": {"batch 1": {"exit_code": 0, "answer": {"rows": [row]}}},
         "latency": {"exit_code": 0, "answer": measured},
+        "photos": {"onnxruntime": {"exit_code": 0, "answer": {"done": 300, "seconds": 0.5}}},
         "video": {"overlay": {"exit_code": 0, "answer": {"rate": 311.2}}},
         "failures": [],
         **values,
@@ -158,8 +217,23 @@ def test_every_test_that_did_not_pass_is_listed() -> None:
     broken = {"batch 8": {"exit_code": -11, "answer": None}}
     assert check.failures(record(benchmarks=broken)) == ["benchmark, batch 8: exit code -11"]
     assert check.failures(record(latency={"exit_code": 1, "answer": None})) == ["latency: exit code 1"]
+    assert check.failures(record(photos={"onnxruntime": {"exit_code": 3}})) == ["photos in onnxruntime: exit code 3"]
     on_cpu = {"exit_code": 0, "answer": {"rows": [{"device": "cpu"}]}}
     assert check.failures(record(latency=on_cpu)) == ["latency: nothing was measured on the GPU"]
+
+
+def test_an_engine_that_is_not_made_for_the_gpu_is_no_failure() -> None:
+    """TensorRT for RTX, which `make gpu-check` installs, does not support the GPUs of data centres from Hopper on."""
+    why = (
+        "TensorRT for RTX 1.7.1.116 cannot build for compute capability 9.0; it supports 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"
+    )
+    foreign = {**record()["doctor"], "engines": [engine(), engine("tensorrt-rtx", works=False, why=why)]}
+    ended = {"exit_code": 5, "answer": None}
+    of_engines = {part: {"tensorrt-rtx": ended} for part in ("parity", "photos")}
+    some = {**of_engines, "benchmarks": {check.WITHOUT_GRAPHS: ended}}
+    assert check.failures(record(doctor=foreign, **some)) == []
+    foreign["engines"] = foreign["engines"][1:]
+    assert check.failures(record(doctor=foreign, **some)) == ["no engine works on the GPU"]
 
 
 def test_the_text_output_is_a_summary() -> None:
@@ -170,6 +244,7 @@ def test_the_text_output_is_a_summary() -> None:
         "batch 1: onnxruntime on cuda:0, tf32: 1.23 ms, 900 photos/s",
         "interleaved, batch 1: tensorrt fp16 exact on cuda, fp16: 0.50 ms, 4.0 times as fast as PyTorch",
         "interleaved, batch 8: tensorrt int8 exact on cuda, int8: 0.50 ms",
+        "photos in onnxruntime: 600 photos/s",
         "video as overlay: 311 frames/s",
         "FAILED this",
         "FAILED that",
@@ -194,6 +269,23 @@ def test_the_latency_record_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch
     assert [words for words in ran[0] if words.startswith("--") and words.lstrip("-") not in helped.stdout] == []
     refused = subprocess.run([*ran[0], "--rounds", "few"], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert "'few' is not a valid integer" in refused.stderr, "the options before it were understood"
+
+
+def test_a_folder_of_photos_is_processed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU here: the same command, but for the device."""
+    real = check.run_program
+    ran: list[list[str]] = []
+
+    def on_cpu(words: list[str]) -> dict[str, Any]:
+        ran.append(words)
+        return real(["cpu" if word == "cuda" else word for word in words])
+
+    monkeypatch.setattr(check, "run_program", on_cpu)
+    monkeypatch.setattr(check, "COPIES", 2)
+    done = check.photos("onnxruntime")
+    assert (done["exit_code"], done["answer"]["done"]) == (0, 2 * len(sample_photos())), done["said"]
+    assert ran[0][ran[0].index("--device") + 1] == "cuda"
+    assert done["answer"]["seconds"] > 0
 
 
 def test_names_and_paths_are_removed_from_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +314,7 @@ def test_the_gpu_record_contains_no_names(
     monkeypatch.setattr(check, "command", lambda *words: {"exit_code": 0, "answer": None, "said": list(words)})
     machine = {"rows": [], "networks": [], "folder": str(ROOT / "x")}
     monkeypatch.setattr(check, "latency", lambda: {"exit_code": 0, "answer": machine, "said": []})
+    monkeypatch.setattr(check, "COPIES", 1)
     output = tmp_path / "gpu-check.json"
     with pytest.raises(SystemExit) as ended:
         check.gpu_check.main(["--output", str(output)])
@@ -234,6 +327,7 @@ def test_the_gpu_record_contains_no_names(
     assert written["schema_version"] == 1
     assert written["doctor"]["gpus"][0]["name"] == "NVIDIA RTX"
     assert set(written["benchmarks"]) == {"batch 1", "batch 8", "batch 32", "without CUDA graphs"}
+    assert set(written["photos"]) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
     assert set(written["parity"]) == {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}
     for private in (str(ROOT), sys.prefix, str(tmp_path), os.environ["XDG_CACHE_HOME"]):
         assert private not in text

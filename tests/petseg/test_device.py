@@ -58,8 +58,9 @@ def test_devices_that_petseg_does_not_know_are_rejected(name: str) -> None:
 @pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_a_precision_that_was_asked_for_is_what_is_computed_in(
-    device: torch.device, amp: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, amp: str, dtype: torch.dtype
 ) -> None:
+    with_gpus(monkeypatch, 1)
     assert pick_precision(amp, device) is dtype
 
 
@@ -67,6 +68,13 @@ def test_fp16_is_for_gpus_alone() -> None:
     assert pick_precision("fp16", GPU) is torch.float16
     with pytest.raises(UsageError, match="bf16 or fp32"):
         pick_precision("fp16", CPU)
+
+
+def test_bf16_is_for_gpus_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 1, (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UsageError, match="amp is bf16, which Tesla T4 does not compute; use fp16 or fp32"):
+        pick_precision("bf16", GPU)
 
 
 @pytest.mark.parametrize(

@@ -76,15 +76,20 @@ def assert_same_within_rounding(folder: Path, whole: Path) -> None:
         assert mine["step"] == other["step"]
 
 
+def torchrun(root: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Train in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    words = ["-m", "petseg.cli", "train", "--data", str(root), "--output", str(out), *OPTIONS, "--json", *more]
+    return subprocess.run(
+        [*launch, *words], capture_output=True, text=True, check=False, timeout=280, env=environment()
+    )
+
+
 def test_torchrun_takes_the_steps_of_one_process_and_prints_once(
     oxford_root: Path, tmp_path: Path, whole: Path
 ) -> None:
     out = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    words = ["-m", "petseg.cli", "train", "--data", oxford_root, "--output", out, *OPTIONS, "--json"]
-    done = subprocess.run(
-        [*launch, *map(str, words)], capture_output=True, text=True, check=False, timeout=280, env=environment()
-    )
+    done = torchrun(oxford_root, out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"] == str(out / BEST)
     assert done.stderr.count("2 processes, 2 photos of each batch per process") == 1
@@ -94,6 +99,17 @@ def test_torchrun_takes_the_steps_of_one_process_and_prints_once(
     assert record["processes"] == 2
     assert record["images_per_s"] > 0
     assert_same_within_rounding(out, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads; they differ between versions
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two NVIDIA GPUs that PyTorch can use")
+def test_two_gpus_take_the_steps_of_one(oxford_root: Path, tmp_path: Path) -> None:
+    """With NCCL, and with PyTorch's BatchNorm over both."""
+    Trainer(tiny(), oxford_root, tmp_path / "one", device=torch.device("cuda")).fit()
+    done = torchrun(oxford_root, tmp_path / "two", "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert_same_within_rounding(tmp_path / "two", tmp_path / "one")
 
 
 def environment(**more: str) -> dict[str, str]:

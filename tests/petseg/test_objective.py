@@ -336,7 +336,7 @@ def test_features_without_a_teacher_are_rejected(
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # about forks beside CUDA's threads and about TF32; they differ between versions
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
-@pytest.mark.parametrize("settings", [("amp=fp16",), ("amp=bf16", "compile=true"), ("amp=fp32",)], ids=str)
+@pytest.mark.parametrize("settings", [("amp=fp16",), ("amp=auto", "compile=true"), ("amp=fp32",)], ids=str)
 def test_features_are_taught_on_a_gpu(oxford_root: Path, tmp_path: Path, whole: Run, settings: tuple[str, ...]) -> None:
     config, where, teacher = tiny(*TAUGHT, *settings), torch.device("cuda"), whole.folder / BEST
     stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -350,7 +350,7 @@ def test_features_are_taught_on_a_gpu(oxford_root: Path, tmp_path: Path, whole: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_a_step_with_features_waits_for_nothing(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    config, where = tiny("amp=bf16", *TAUGHT), torch.device("cuda")
+    config, where = tiny("amp=auto", *TAUGHT), torch.device("cuda")
     trainer = Trainer(config, oxford_root, tmp_path, device=where, teacher=whole.folder / BEST)
     photo, trimap, _ = next(iter(trainer.loader))
     trainer._step(photo, trimap, 1e-3).read()  # one-time initialisation is done

@@ -284,7 +284,13 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
     with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
         onnxruntime.preload_dlls()
     try:
-        settings = {"device_id": str(device.index), "use_tf32": str(int(tf32))}
+        settings = {
+            "device_id": str(device.index),
+            "use_tf32": str(int(tf32)),
+            # The default, EXHAUSTIVE, is slow, and is repeated for every convolution when the batch size changes, as it
+            # does in a folder of photos.
+            "cudnn_conv_algo_search": "HEURISTIC",
+        }
         # One thread, since the GPU computes. 0 would start a thread for each core, pinned to it, and log an error for
         # each core that this process may not use.
         return _session(artifact, _CUDA, settings, 1)
@@ -296,6 +302,8 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
                 f"the versions of CUDA and cuDNN that this onnxruntime-gpu was built for are needed: {install('gpu')}"
             )
+            if device.index >= len(there):  # ONNX Runtime says only "Parse Failed"
+                remedy = f"there is no {device}"
             why = f"GPUs of this machine: {shown}; {remedy}"
         heard = f"; {one_line(printed.getvalue())}" if printed.getvalue() else ""
         raise EngineError(f"{device} is not available: {error} ({why}{heard})") from error

@@ -451,6 +451,8 @@ def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> 
     profile = _profile(artifact.spec, options)
 
     def make() -> tuple[bytes, dict[str, Any]]:
+        if library is RTX:  # said now, and not after an announcement of minutes
+            tensorrt_build.known_targets(trt, targets)
         if options.tell:
             options.tell(
                 f"{library.title} builds an engine of {artifact.path.name} for {gpu.name}; the first time, this can "

@@ -20,7 +20,7 @@ import platform
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from petseg_runtime.extras import install
 from petseg_runtime.files import write_atomic
 from petseg_runtime.spec import STRIDE, ModelSpec
 
-__all__ = ["MAX_BATCH", "Built", "Profile", "Watch", "build", "profile_of", "timings_slot"]
+__all__ = ["MAX_BATCH", "Built", "Profile", "Watch", "build", "known_targets", "profile_of", "timings_slot"]
 
 Shape: TypeAlias = tuple[int, int, int, int]
 
@@ -397,15 +397,28 @@ def _config(compiler: _Compiler, builder: Any) -> Any:
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; computes float32 convolutions with 10 bits of mantissa
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # logs every layer with its types
     if wanted:
-        members = trt.ComputeCapability.__members__
-        known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}  # SM120
         config.num_compute_capabilities = len(wanted)
-        for i, name in enumerate(wanted):
-            if name not in known or not config.set_compute_capability(known[name], i):
-                raise EngineError(
-                    f"{compiler.title} cannot build for compute capability {name}; it supports {', '.join(known)}"
-                )
+        for i, (name, target) in enumerate(zip(wanted, known_targets(trt, wanted), strict=True)):
+            if not config.set_compute_capability(target, i):
+                raise EngineError(f"{compiler.title} cannot build for compute capability {name}")
     return config
+
+
+def known_targets(trt: Any, wanted: Sequence[str]) -> list[Any]:
+    """TensorRT for RTX's own names of compute capabilities such as ``8.9``.
+
+    Raises:
+        EngineError: It does not know one of them.
+    """
+    members = trt.ComputeCapability.__members__
+    known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}  # SM120
+    for name in wanted:
+        if name not in known:
+            raise EngineError(
+                f"{RTX.title} {trt.__version__} cannot build for compute capability {name}; it supports "
+                f"{', '.join(known)}"
+            )
+    return [known[name] for name in wanted]
 
 
 def _set_profile(builder: Any, config: Any, image: Any, profile: Profile | None, record: Record) -> None:

@@ -1200,15 +1200,25 @@ def test_without_a_gpu_a_failed_session_says_there_is_none(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_gpu_that_is_not_there_is_named_instead_of_a_package(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+) -> None:
+    gpu_package(RuntimeError("provider_options_utils.h:187 Parse Failed"))  # as onnxruntime-gpu 1.31 says it
+    with pytest.raises(EngineError, match=r"cuda:0 Stand-in, CUDA 13\.0; there is no cuda:1\)$") as caught:
+        load_engine(artifact, "onnxruntime", device="cuda:1")
+    assert install("gpu") not in str(caught.value)
+
+
 @pytest.mark.parametrize(("exact", "tf32"), [(False, "1"), (True, "0")])
-def test_the_cuda_session_gets_gpu_and_tf32_but_no_thread_options(
+def test_the_cuda_session_gets_gpu_tf32_and_a_quick_search_but_no_thread_options(
     artifact: Artifact, gpu_package: Callable[..., list[Any]], exact: bool, tf32: str
 ) -> None:
     calls = gpu_package(["CPUExecutionProvider"])
     with pytest.raises(EngineError, match="cuda:3 is not available"):
         load_engine(artifact, "onnxruntime", device="cuda:3", exact=exact)
     providers, threads = calls[0]
-    assert providers == [("CUDAExecutionProvider", {"device_id": "3", "use_tf32": tf32})]
+    settings = {"device_id": "3", "use_tf32": tf32, "cudnn_conv_algo_search": "HEURISTIC"}
+    assert providers == [("CUDAExecutionProvider", settings)]
     assert threads == 1, "more threads would only wait, each pinned to a core"
 
 

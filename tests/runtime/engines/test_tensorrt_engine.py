@@ -527,10 +527,20 @@ class FakeContext(Object):
         return compute
 
 
+class ComputeCapability(enum.Enum):
+    """Those of the stand-ins for GPUs, and one with three digits."""
+
+    NONE, SM86, SM89, SM120 = 0, 86, 89, 120
+
+
 def fake_library(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
     common = {"Runtime": FakeRuntime, "ILogger": ILogger, "TensorIOMode": TensorIOMode, "DataType": DataType}
-    rtx = {"CudaGraphStrategy": CudaGraphStrategy, "DynamicShapesKernelSpecializationStrategy": KernelStrategy}
+    rtx = {
+        "CudaGraphStrategy": CudaGraphStrategy,
+        "DynamicShapesKernelSpecializationStrategy": KernelStrategy,
+        "ComputeCapability": ComputeCapability,
+    }
     vars(module).update(common, __version__=VERSION, **(rtx if name == "tensorrt_rtx" else {}))
     return module
 
@@ -990,6 +1000,17 @@ def test_an_onnx_file_is_compiled_once_for_the_requested_gpu(
         np.testing.assert_array_equal(engine.run(photos(2)), photos(2)[..., 0])
         assert engine.describe().notes == ("passed over",)
     assert len(factory.asked) == 1
+
+
+def test_an_engine_for_a_gpu_that_the_library_does_not_know_is_not_announced(
+    factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
+) -> None:
+    """Such as a data centre's: each command would announce minutes of compilation, and go on with another engine."""
+    world.capability = (9, 0)
+    told: list[str] = []
+    with pytest.raises(EngineError, match=r"cannot build for compute capability 9\.0; it supports 8\.6, 8\.9, 12\.0"):
+        opened(toy(tmp_path / "toy.onnx"), "tensorrt_rtx", tell=told.append)
+    assert (told, factory.asked) == ([], [])
 
 
 def test_each_gpu_driver_version_and_model_is_compiled_separately(
@@ -1492,7 +1513,8 @@ def test_the_library_fake_matches_the_real_module(name: str, library: str) -> No
 def test_the_names_used_exist_in_the_real_library(library: str) -> None:
     trt = real(library)
     assert re.fullmatch(r"\d+(\.\d+)+", trt.__version__)
-    for stand in (TensorIOMode, DataType, *((CudaGraphStrategy,) if library == "tensorrt_rtx" else ())):
+    rtx = (CudaGraphStrategy, ComputeCapability) if library == "tensorrt_rtx" else ()
+    for stand in (TensorIOMode, DataType, *rtx):
         for member in stand:
             assert getattr(getattr(trt, stand.__name__), member.name).name == member.name
     for severity in Severity:
@@ -1575,6 +1597,9 @@ def test_the_real_library_uses_our_logger_and_returns_bytes(tmp_path: Path) -> N
 def test_a_real_engine_runs_on_a_real_gpu(library: str, tmp_path: Path) -> None:
     path = tmp_path / "toy.engine"
     trt = build(library, path)
+    capability = host.gpus()[0].compute_capability
+    if library == "tensorrt_rtx" and f"SM{capability.replace('.', '')}" not in trt.ComputeCapability.__members__:
+        pytest.skip(f"TensorRT for RTX is not made for GPUs of compute capability {capability}")
     environment = {"library": library, "version": trt.__version__, "compute_capability": "portable"}
     for turn in range(2):
         with TensorRTEngine(path, SPEC, environment, precision="f32") as engine:
