@@ -147,10 +147,11 @@ def test_overlay_accepts_colour_and_strength() -> None:
     np.testing.assert_array_equal(np.array(result.overlay((1, 2, 3), 0.0)), result.pixels)
 
 
-def test_the_outline_width_scales_with_the_photo() -> None:
-    result = made(ellipse((1000, 1000)))
-    row = (np.array(result.overlay())[500] == GREEN).all(axis=-1)
-    assert np.count_nonzero(row[:500]) == 4
+@pytest.mark.parametrize("shape", [(1000, 1500), (1500, 1000)])
+def test_the_outline_width_scales_with_the_photos_shorter_side(shape: tuple[int, int]) -> None:
+    result = made(ellipse(shape))
+    row = (np.array(result.overlay())[shape[0] // 2] == GREEN).all(axis=-1)
+    assert np.count_nonzero(row[: shape[1] // 2]) == 4
 
 
 def test_a_pet_that_fills_the_photo_has_no_outline() -> None:
@@ -527,9 +528,10 @@ class TestWithoutSmall:
 class TestFound:
     @staticmethod
     def with_certain(certain: int, likely: int = 100, share: float | None = 0.25) -> Segmentation:
-        probability = np.zeros(400, np.uint8)
-        probability[:likely] = 160
-        probability[:certain] = 252
+        probability = np.full(400, 127, np.uint8)  # p < 0.5
+        probability[:likely] = 128
+        probability[1:likely:2] = 249  # p < 0.98
+        probability[:certain] = 250
         return dataclasses.replace(made(probability.reshape(20, 20)), certain_share=share)
 
     @pytest.mark.parametrize(("certain", "pet"), [(100, True), (25, True), (24, False), (0, False)])
@@ -551,6 +553,11 @@ class TestFound:
 
     def test_no_pet_is_found_in_an_empty_map(self) -> None:
         assert not made(np.zeros((20, 20), np.uint8)).found
+
+    def test_with_a_rule_unlikely_pixels_alone_are_no_pet(self) -> None:
+        result = dataclasses.replace(self.with_certain(0, likely=0), threshold=0.1)
+        assert result.mask.all()
+        assert not result.found
 
     def test_an_empty_mask_is_never_a_pet(self) -> None:
         result = self.with_certain(100)
