@@ -327,6 +327,15 @@ class TestPolygons:
         assert len(thinned.exterior) < len(exact.exterior) / 5
         assert len(made(np.full((200, 300), 255, np.uint8)).polygons()[0].exterior) <= 5
 
+    def test_simplification_keeps_a_thin_part_in_line_with_a_chord(self) -> None:
+        """The chord from the foot's corner to the bump, where the outline starts; the tail lies beyond the bump."""
+        probability = np.zeros((20, 70), np.uint8)
+        probability[3, 2:63] = 255
+        probability[2, 20] = 255
+        probability[3:9, 62] = 255
+        (polygon,) = made(probability).polygons(tolerance=2.5)
+        assert polygon.exterior[:, 0].min() <= 2 + 2.5
+
     def test_a_pixel_spans_from_its_index_to_the_next(self) -> None:
         probability = np.zeros((4, 6), np.uint8)
         probability[1:3, 2:5] = 255
@@ -429,11 +438,13 @@ class TestCoco:
         (ring,) = made(blob(3, (400, 500))).coco()["segmentation"]
         assert all(len(str(number).partition(".")[2]) <= 2 for number in ring)
 
-    def test_with_a_hole_coco_has_run_lengths(self) -> None:
+    def test_with_a_hole_in_any_region_coco_has_run_lengths(self) -> None:
         probability = ellipse((40, 60))
         probability[18:22, 28:32] = 0
-        result = made(probability)
-        assert result.coco()["segmentation"] == result.rle()
+        for corner in (0, 255):  # without and with a region that has no hole
+            probability[:3, :5] = corner
+            result = made(probability)
+            assert result.coco()["segmentation"] == result.rle()
 
     def test_without_a_pet_coco_has_empty_run_lengths(self) -> None:
         result = made(np.zeros((4, 5), np.uint8))
@@ -597,7 +608,8 @@ def test_an_unpickled_result_cannot_be_modified(passed_on: Callable[[Segmentatio
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda result: result.overlay(strength=1.5), "strength is 1.5"),
+        (lambda result: result.overlay(strength=1.01), "strength is 1.01"),
+        (lambda result: result.overlay(strength=-0.01), "strength is -0.01"),
         (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
         (lambda result: result.overlay(color=(0, 256, 0)), r"colour is \(0, 256, 0\); it must be red, green and blue"),
         (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
