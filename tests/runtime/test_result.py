@@ -368,11 +368,13 @@ class TestPolygons:
         assert area(ring.exterior) * area(ring.holes[0]) < 0
         assert abs(area(ring.holes[0])) == pytest.approx(14 * 14, abs=2)
 
-    def test_a_single_pixel_survives_any_tolerance(self) -> None:
-        probability = np.zeros((5, 5), np.uint8)
-        probability[2, 3] = 255
-        (polygon,) = made(probability).polygons(tolerance=9)
-        np.testing.assert_array_equal(rasterised([polygon], (5, 5)), probability > 0)
+    @pytest.mark.parametrize("length", [1, 20])
+    def test_an_outline_that_would_collapse_keeps_its_points(self, length: int) -> None:
+        """To one point, or to the two ends of a line."""
+        probability = np.zeros((5, 30), np.uint8)
+        probability[2, 3 : 3 + length] = 255
+        polygons = made(probability).polygons(tolerance=9)
+        np.testing.assert_array_equal(rasterised(polygons, probability.shape), probability > 0)
 
     def test_an_empty_mask_has_no_polygons(self) -> None:
         assert made(np.zeros((5, 5), np.uint8)).polygons() == []
