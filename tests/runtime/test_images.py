@@ -792,10 +792,10 @@ def test_a_video_appended_to_a_photo_is_not_counted_as_scans() -> None:
 
 
 def test_a_tiff_with_tiles_beyond_the_limit_is_rejected() -> None:
-    tiles = {256: 4, 257: 4, 258: 8, 259: 5, 262: 1, 277: 1, 322: 2000, 323: 2000, 324: 8, 325: 16}
+    tiles = {256: 4, 257: 4, 258: 8, 259: 5, 262: 1, 277: 1, 322: 4000, 323: 1000, 324: 8, 325: 16}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tiles.items())
     data = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tiles)) + entries + bytes(64)
-    with pytest.raises(ImageTooLarge, match="tiles: 2000 x 2000 is 4 megapixels"):
+    with pytest.raises(ImageTooLarge, match="tiles: 4000 x 1000 is 4 megapixels"):
         read(data, max_pixels=3_999_999)
 
 
@@ -1353,6 +1353,10 @@ def test_a_16_bit_pngs_transparent_grey_is_composited_over_white(tmp_path: Path)
     photo = read(tmp_path / "grey.png")
     assert photo.pixels[0, :, 0].tolist() == [0, 255, 255]
     assert photo.notes == ("16-bit grey, scaled to 8 bits", "transparency laid over white")
+    Image.fromarray(values).save(tmp_path / "opaque.png", transparency=40001)
+    photo = read(tmp_path / "opaque.png")
+    assert photo.pixels[0, :, 0].tolist() == [0, 156, 255]
+    assert photo.notes == ("16-bit grey, scaled to 8 bits",)
 
 
 def test_an_rgba_palette_is_composited_over_white() -> None:
