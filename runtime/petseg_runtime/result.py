@@ -415,7 +415,6 @@ def _douglas_peucker(points: Points, anchors: Indices, tolerance: float) -> Bool
         candidates = np.flatnonzero(split & (distance == farthest[segment]))
         _, first = np.unique(segment[candidates], return_index=True)
         keep[undecided[candidates[first]]] = True
-        split[candidates[first]] = False
         undecided = undecided[split]
 
 

@@ -614,7 +614,10 @@ def test_an_unpickled_result_cannot_be_modified(passed_on: Callable[[Segmentatio
         (lambda result: result.overlay(strength=-0.01), "strength is -0.01"),
         (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
         (lambda result: result.overlay(color=(0, 256, 0)), r"colour is \(0, 256, 0\); it must be red, green and blue"),
-        (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
+        *[
+            (lambda result, color=color: result.overlay(color=color), "colour")
+            for color in ((256, 0, 0), (0, 0, 256), (-1, 0, 0), (0, -1, 0), (0, 0, -1), (0.5, 0, 0))
+        ],
         (lambda result: result.on_background((1, 2)), "colour"),
         (lambda result: result.polygons(-1), "tolerance is -1"),
         (lambda result: result.polygons(float("nan")), "tolerance is nan"),
