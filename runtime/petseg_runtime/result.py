@@ -256,7 +256,7 @@ class Segmentation:
         """
         height, width = self.mask.shape
         counts = np.diff(_column_major_changes(self.mask), prepend=0, append=height * width)
-        counts[3:] -= counts[1:-2].copy()
+        counts[3:] -= counts[1:-2]
         return {"size": [height, width], "counts": _rle_to_string(counts)}
 
     def coco(self, tolerance: float = 0.5, *, exact: bool = False) -> dict[str, Any]:

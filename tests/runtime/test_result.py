@@ -438,8 +438,10 @@ class TestCoco:
         assert (fields["area"], fields["iscrowd"]) == (np.count_nonzero(result.mask), 0)
 
     def test_coordinates_are_rounded_to_hundredths_of_a_pixel(self) -> None:
-        (ring,) = made(blob(3, (400, 500))).coco()["segmentation"]
+        result = made(blob(3, (400, 500)))
+        (ring,), (polygon,) = result.coco()["segmentation"], result.polygons()
         assert all(len(str(number).partition(".")[2]) <= 2 for number in ring)
+        assert ring == pytest.approx(polygon.exterior.ravel().tolist(), rel=0, abs=0.00501)
 
     def test_with_a_hole_in_any_region_coco_has_run_lengths(self) -> None:
         probability = ellipse((40, 60))
