@@ -122,7 +122,10 @@ def test_the_digest_covers_the_photos_pixels_in_order(noisy: np.ndarray) -> None
     proof = proof_with(noisy)
     assert proof.sha256 == hashlib.sha256(b"".join(image.tobytes() for image in proof.images)).hexdigest()
     assert dataclasses.replace(proof, images=proof.images[::-1]).sha256 != proof.sha256
-    assert dataclasses.replace(proof, images=np.asfortranarray(proof.images)).sha256 == proof.sha256
+    fortran = dataclasses.replace(
+        proof, images=np.asfortranarray(proof.images), expected=np.asfortranarray(proof.expected)
+    )
+    assert (fortran.sha256, fortran.identity) == (proof.sha256, proof.identity)
 
 
 def test_photos_are_run_one_by_one_and_progress_is_counted(noisy: np.ndarray) -> None:
@@ -202,6 +205,16 @@ def test_a_dynamic_size_model_is_also_checked_at_another_size(noisy: np.ndarray)
     row = parity.compare(run, INFO, proof, SPEC, checks=checks)
     assert (row.passed, row.max_difference) == (False, 0)
     assert all(failure.startswith("at another size: ") for failure in row.failures)
+
+
+def test_a_good_batch_and_another_good_size_do_not_excuse_a_bad_photo(noisy: np.ndarray) -> None:
+    proof = proof_with(noisy[:3])
+    other = dataclasses.replace(proof, images=proof.images[:, :, :16], expected=proof.expected[:, :, :16])
+    answers = iter([*(255 - proof.expected[:, None]), 255 - proof.expected, other.expected])
+    any_number = dataclasses.replace(SPEC, batch=0)
+    row = parity.compare(lambda batch: next(answers), INFO, proof, any_number, checks=Checks(another_size=other))
+    assert row.max_difference == 255
+    assert any(failure.startswith("largest difference 255/255") for failure in row.failures)
 
 
 @pytest.mark.parametrize("photos", [20, 3])
