@@ -1295,6 +1295,18 @@ def test_colours_are_converted_to_another_profile() -> None:
         assert images.in_profile(picture, profiles[1]) is picture
 
 
+def test_without_littlecms_colours_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow may be built without it, and says so at the first use."""
+
+    class Missing:
+        def __getattr__(self, name: str) -> None:
+            raise ImportError("LittleCMS is not installed")
+
+    picture = images.with_profile(Image.new("RGB", (3, 2), "red"), swapped())
+    monkeypatch.setattr(ImageCms, "core", Missing())
+    assert images.in_profile(picture, None) is picture
+
+
 def test_a_background_keeps_its_colours_behind_a_photo_with_a_profile(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "beach.png", icc_profile=swapped())
     nothing = Segmentation(np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8), 0.5, 0.3)
