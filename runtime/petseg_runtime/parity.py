@@ -131,12 +131,12 @@ class Proof:
     @property
     def sha256(self) -> str:
         """Digest over the photos' pixels, in order."""
-        return hashlib.sha256(np.ascontiguousarray(self.images).tobytes()).hexdigest()
+        return hashlib.sha256(self.images.tobytes()).hexdigest()
 
     @property
     def identity(self) -> str:
         """Digest over the photos' pixels and the expected outputs."""
-        return hashlib.sha256(f"{self.sha256}\n".encode() + np.ascontiguousarray(self.expected).tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.sha256}\n".encode() + self.expected.tobytes()).hexdigest()
 
     def spread(self, count: int) -> Proof:
         """A subset of at most ``count`` photos, and of no more than :func:`load_proof` accepts; see :func:`spread`."""

@@ -123,9 +123,9 @@ def _fade(probability: U8, reach: int) -> U8:
 
 def _any_in_cells(mask: Bool) -> Bool:
     """Max-pool a mask over cells of 2 x 2 pixels; cells at the right and bottom edge may be incomplete."""
-    rows, columns = -(-mask.shape[0] // 2), -(-mask.shape[1] // 2)
-    if mask.shape != (2 * rows, 2 * columns):
-        mask = np.pad(mask, ((0, mask.shape[0] % 2), (0, mask.shape[1] % 2)))
+    height, width = mask.shape
+    if height % 2 or width % 2:
+        mask = np.pad(mask, ((0, height % 2), (0, width % 2)))
     pairs = mask.view(np.uint16)
     found: Bool = (pairs[::2] | pairs[1::2]) != 0
     return found

@@ -256,7 +256,7 @@ class Segmentation:
         """
         height, width = self.mask.shape
         counts = np.diff(_column_major_changes(self.mask), prepend=0, append=height * width)
-        counts[3:] -= counts[1:-2].copy()
+        counts[3:] -= counts[1:-2]
         return {"size": [height, width], "counts": _rle_to_string(counts)}
 
     def coco(self, tolerance: float = 0.5, *, exact: bool = False) -> dict[str, Any]:
@@ -415,7 +415,6 @@ def _douglas_peucker(points: Points, anchors: Indices, tolerance: float) -> Bool
         candidates = np.flatnonzero(split & (distance == farthest[segment]))
         _, first = np.unique(segment[candidates], return_index=True)
         keep[undecided[candidates[first]]] = True
-        split[candidates[first]] = False
         undecided = undecided[split]
 
 

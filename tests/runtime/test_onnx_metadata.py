@@ -272,6 +272,14 @@ def test_metadata_are_replaced_and_nothing_else_changes() -> None:
     assert with_metadata(with_metadata(small_bytes(), {"x": "y"}), {"a": "ü"}) == bare + entry
 
 
+@pytest.mark.parametrize("length", [127, 128, 129, 16383, 16384])
+def test_metadata_at_the_limits_of_a_lengths_bytes_are_read_back(length: int) -> None:
+    metadata = {"a" * length: "b" * length}
+    data = with_metadata(small_bytes(), metadata)
+    assert parse(data).metadata == metadata
+    assert {prop.key: prop.value for prop in onnx.load_from_string(data).metadata_props} == metadata
+
+
 def test_metadata_between_other_fields_are_found_and_replaced() -> None:
     pieces = [block(14, block(1, b"a")), varint(8) + b"\x0a", block(14, block(1, b"b")), GRAPH, block(14, b"")]
     data = b"".join(pieces)

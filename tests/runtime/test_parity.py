@@ -122,7 +122,10 @@ def test_the_digest_covers_the_photos_pixels_in_order(noisy: np.ndarray) -> None
     proof = proof_with(noisy)
     assert proof.sha256 == hashlib.sha256(b"".join(image.tobytes() for image in proof.images)).hexdigest()
     assert dataclasses.replace(proof, images=proof.images[::-1]).sha256 != proof.sha256
-    assert dataclasses.replace(proof, images=np.asfortranarray(proof.images)).sha256 == proof.sha256
+    fortran = dataclasses.replace(
+        proof, images=np.asfortranarray(proof.images), expected=np.asfortranarray(proof.expected)
+    )
+    assert (fortran.sha256, fortran.identity) == (proof.sha256, proof.identity)
 
 
 def test_photos_are_run_one_by_one_and_progress_is_counted(noisy: np.ndarray) -> None:
@@ -202,6 +205,16 @@ def test_a_dynamic_size_model_is_also_checked_at_another_size(noisy: np.ndarray)
     row = parity.compare(run, INFO, proof, SPEC, checks=checks)
     assert (row.passed, row.max_difference) == (False, 0)
     assert all(failure.startswith("at another size: ") for failure in row.failures)
+
+
+def test_a_good_batch_and_another_good_size_do_not_excuse_a_bad_photo(noisy: np.ndarray) -> None:
+    proof = proof_with(noisy[:3])
+    other = dataclasses.replace(proof, images=proof.images[:, :, :16], expected=proof.expected[:, :, :16])
+    answers = iter([*(255 - proof.expected[:, None]), 255 - proof.expected, other.expected])
+    any_number = dataclasses.replace(SPEC, batch=0)
+    row = parity.compare(lambda batch: next(answers), INFO, proof, any_number, checks=Checks(another_size=other))
+    assert row.max_difference == 255
+    assert any(failure.startswith("largest difference 255/255") for failure in row.failures)
 
 
 @pytest.mark.parametrize("photos", [20, 3])
@@ -696,6 +709,7 @@ def test_a_failed_receipt_raises_with_location_and_difference(good: Comparison, 
     assert "16 photos, FAILED" in message
     assert all(failure in message for failure in bad.failures)
     assert "bf16 in fake" in message
+    assert "It passes in f32 in fake 1.2 (cpu, none): with --backend it is tested in one engine only" in message
     assert len(message.splitlines()) == 1
     assert caught.value.exit_code == 10
     require(receipt_of(good))
@@ -786,13 +800,14 @@ def test_a_subset_of_photos_is_a_valid_parity_record(proof: Proof, file: Path) -
 
 
 def test_a_parity_record_of_large_photos_stays_within_the_read_limit(
-    proof: Proof, file: Path, monkeypatch: pytest.MonkeyPatch
+    noisy: np.ndarray, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for 16 photos of 4096 x 4096, which fill the gibibyte."""
-    two = 2 * (proof.images[0].nbytes + proof.expected[0].nbytes)
-    monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT + two)
+    proof = proof_with(noisy[:5])
+    three = 3 * (proof.images[0].nbytes + proof.expected[0].nbytes)
+    monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT + three)
     most = proof.spread(16)
-    assert most.names == (proof.names[0], proof.names[-1])
+    assert most.names == (proof.names[0], proof.names[2], proof.names[4])
     file.write_bytes(most.to_bytes())
     assert_same(load_proof(file, SPEC, CHECKPOINT), most)
     monkeypatch.setattr(parity, "MAX_PROOF", parity.MAX_ABOUT)
@@ -1165,13 +1180,14 @@ def test_a_file_is_loaded_twice_only_if_exact_changes_the_precision(
     """Loading in TensorRT takes long, and it never computes float32 in less."""
     proof, loaded = proof_with(noisy), []
 
-    def load(*_: object, exact: bool, **__: object) -> Abacus:
+    def load(_: object, backend: str, threads: int | None, *, device: str, exact: bool) -> Abacus:
+        assert (backend, threads, device) == ("abacus", 3, "beads")
         loaded.append(exact)
         return Abacus(proof, dataclasses.replace(INFO, **(precise if exact else {**alone, "provider": "as it likes"})))
 
     precise = exact
     monkeypatch.setattr(parity, "load_engine", load)
-    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, backend="abacus", threads=1)
+    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, backend="abacus", device="beads", threads=3)
     assert loaded == loads
     assert [row.engine for row in rows] == ["fake 1.2 (cpu, none)"] * (len(loads) - 1) + ["fake 1.2 (cpu, as it likes)"]
     assert all(row.passed for row in rows)

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from petseg_runtime import Segmenter
+from petseg_runtime import Segmenter, regions
 from petseg_runtime.regions import CERTAIN, DOUBTFUL, without_doubtful
 
 
-def reference(probability: np.ndarray) -> np.ndarray:
-    """A slow reference implementation, pixel by pixel."""
+def reference(probability: np.ndarray, reach: int | None = None) -> np.ndarray:
+    """A slow reference implementation, pixel by pixel; ``reach`` in cells, None: 1/32 of the shorter side."""
     height, width = probability.shape
     certain = [tuple(place) for place in np.argwhere(probability >= CERTAIN)]
     if not certain:
@@ -30,7 +31,7 @@ def reference(probability: np.ndarray) -> np.ndarray:
             left.extend([(row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)])
     kept = np.zeros_like(probability)
     # In cells of 2 x 2 pixels: Chebyshev distance within reach, and city-block distance from there on.
-    reach, cells = max(1, round(min(height, width) / 64)), np.argwhere(stays) // 2
+    reach, cells = reach or max(1, round(min(height, width) / 64)), np.argwhere(stays) // 2
     for place in np.ndindex(height, width):
         far = np.maximum(np.abs(cells - np.array(place) // 2) - reach, 0).sum(axis=1).min()
         missing = sum(far > round(quarter * reach / 4) for quarter in range(4))
@@ -51,12 +52,17 @@ def test_small_maps_match_the_reference(probability: np.ndarray) -> None:
     np.testing.assert_array_equal(probability, before)
 
 
-def test_a_reach_of_several_cells_matches_the_reference() -> None:
-    """Also at all four sides, one of which cuts cells in two: no dilation gets from the end of a row into the next."""
-    haze = np.random.default_rng(0).integers(0, DOUBTFUL, (201, 230)).astype(np.uint8)
-    for row, column in ((0, 0), (90, 229), (200, 100), (60, 0), (120, 120)):
+@pytest.mark.parametrize("reach", [3, 6])
+def test_a_reach_of_several_cells_matches_the_reference(reach: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at all four sides, one of which cuts cells in two: no dilation gets from the end of a row into the next.
+
+    The quarters of a reach of 6 are 2, 1 and 1 cells wide; of a reach of 3, they are 1, 1 and 0.
+    """
+    haze = np.random.default_rng(0).integers(0, DOUBTFUL, (101, 116)).astype(np.uint8)
+    for row, column in ((0, 0), (45, 115), (100, 50), (30, 0), (60, 60)):
         haze[row, column] = CERTAIN
-    np.testing.assert_array_equal(without_doubtful(haze), reference(haze))
+    monkeypatch.setattr(regions, "EDGE", 2 * reach / 101)
+    np.testing.assert_array_equal(without_doubtful(haze), reference(haze, reach))
 
 
 def test_a_large_map_matches_the_reference() -> None:

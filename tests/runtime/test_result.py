@@ -147,10 +147,11 @@ def test_overlay_accepts_colour_and_strength() -> None:
     np.testing.assert_array_equal(np.array(result.overlay((1, 2, 3), 0.0)), result.pixels)
 
 
-def test_the_outline_width_scales_with_the_photo() -> None:
-    result = made(ellipse((1000, 1000)))
-    row = (np.array(result.overlay())[500] == GREEN).all(axis=-1)
-    assert np.count_nonzero(row[:500]) == 4
+@pytest.mark.parametrize("shape", [(1000, 1500), (1500, 1000)])
+def test_the_outline_width_scales_with_the_photos_shorter_side(shape: tuple[int, int]) -> None:
+    result = made(ellipse(shape))
+    row = (np.array(result.overlay())[shape[0] // 2] == GREEN).all(axis=-1)
+    assert np.count_nonzero(row[: shape[1] // 2]) == 4
 
 
 def test_a_pet_that_fills_the_photo_has_no_outline() -> None:
@@ -326,6 +327,16 @@ class TestPolygons:
         assert len(thinned.exterior) < len(exact.exterior) / 5
         assert len(made(np.full((200, 300), 255, np.uint8)).polygons()[0].exterior) <= 5
 
+    @pytest.mark.parametrize("step", [1, -1])
+    def test_simplification_keeps_a_thin_part_in_line_with_a_chord(self, step: int) -> None:
+        """The chord from the foot's corner to the bump, where the outline starts; the tail lies beyond the bump."""
+        probability = np.zeros((20, 70), np.uint8)
+        probability[3, 2:63] = 255
+        probability[2, 20] = 255
+        probability[3:9, 62] = 255
+        (polygon,) = made(probability[:, ::step]).polygons(tolerance=2.5)
+        assert np.ptp(polygon.exterior[:, 0]) >= 61 - 2.5
+
     def test_a_pixel_spans_from_its_index_to_the_next(self) -> None:
         probability = np.zeros((4, 6), np.uint8)
         probability[1:3, 2:5] = 255
@@ -358,11 +369,13 @@ class TestPolygons:
         assert area(ring.exterior) * area(ring.holes[0]) < 0
         assert abs(area(ring.holes[0])) == pytest.approx(14 * 14, abs=2)
 
-    def test_a_single_pixel_survives_any_tolerance(self) -> None:
-        probability = np.zeros((5, 5), np.uint8)
-        probability[2, 3] = 255
-        (polygon,) = made(probability).polygons(tolerance=9)
-        np.testing.assert_array_equal(rasterised([polygon], (5, 5)), probability > 0)
+    @pytest.mark.parametrize("length", [1, 20])
+    def test_an_outline_that_would_collapse_keeps_its_points(self, length: int) -> None:
+        """To one point, or to the two ends of a line."""
+        probability = np.zeros((5, 30), np.uint8)
+        probability[2, 3 : 3 + length] = 255
+        polygons = made(probability).polygons(tolerance=9)
+        np.testing.assert_array_equal(rasterised(polygons, probability.shape), probability > 0)
 
     def test_an_empty_mask_has_no_polygons(self) -> None:
         assert made(np.zeros((5, 5), np.uint8)).polygons() == []
@@ -425,14 +438,18 @@ class TestCoco:
         assert (fields["area"], fields["iscrowd"]) == (np.count_nonzero(result.mask), 0)
 
     def test_coordinates_are_rounded_to_hundredths_of_a_pixel(self) -> None:
-        (ring,) = made(blob(3, (400, 500))).coco()["segmentation"]
+        result = made(blob(3, (400, 500)))
+        (ring,), (polygon,) = result.coco()["segmentation"], result.polygons()
         assert all(len(str(number).partition(".")[2]) <= 2 for number in ring)
+        assert ring == pytest.approx(polygon.exterior.ravel().tolist(), rel=0, abs=0.00501)
 
-    def test_with_a_hole_coco_has_run_lengths(self) -> None:
+    def test_with_a_hole_in_any_region_coco_has_run_lengths(self) -> None:
         probability = ellipse((40, 60))
         probability[18:22, 28:32] = 0
-        result = made(probability)
-        assert result.coco()["segmentation"] == result.rle()
+        for corner in (0, 255):  # without and with a region that has no hole
+            probability[:3, :5] = corner
+            result = made(probability)
+            assert result.coco()["segmentation"] == result.rle()
 
     def test_without_a_pet_coco_has_empty_run_lengths(self) -> None:
         result = made(np.zeros((4, 5), np.uint8))
@@ -527,9 +544,10 @@ class TestWithoutSmall:
 class TestFound:
     @staticmethod
     def with_certain(certain: int, likely: int = 100, share: float | None = 0.25) -> Segmentation:
-        probability = np.zeros(400, np.uint8)
-        probability[:likely] = 160
-        probability[:certain] = 252
+        probability = np.full(400, 127, np.uint8)  # p < 0.5
+        probability[:likely] = 128
+        probability[1:likely:2] = 249  # p < 0.98
+        probability[:certain] = 250
         return dataclasses.replace(made(probability.reshape(20, 20)), certain_share=share)
 
     @pytest.mark.parametrize(("certain", "pet"), [(100, True), (25, True), (24, False), (0, False)])
@@ -551,6 +569,11 @@ class TestFound:
 
     def test_no_pet_is_found_in_an_empty_map(self) -> None:
         assert not made(np.zeros((20, 20), np.uint8)).found
+
+    def test_with_a_rule_unlikely_pixels_alone_are_no_pet(self) -> None:
+        result = dataclasses.replace(self.with_certain(0, likely=0), threshold=0.1)
+        assert result.mask.all()
+        assert not result.found
 
     def test_an_empty_mask_is_never_a_pet(self) -> None:
         result = self.with_certain(100)
@@ -590,10 +613,14 @@ def test_an_unpickled_result_cannot_be_modified(passed_on: Callable[[Segmentatio
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda result: result.overlay(strength=1.5), "strength is 1.5"),
+        (lambda result: result.overlay(strength=1.01), "strength is 1.01"),
+        (lambda result: result.overlay(strength=-0.01), "strength is -0.01"),
         (lambda result: result.overlay(strength=float("nan")), "strength is nan"),
         (lambda result: result.overlay(color=(0, 256, 0)), r"colour is \(0, 256, 0\); it must be red, green and blue"),
-        (lambda result: result.overlay(color=(0.5, 0, 0)), "colour"),
+        *[
+            (lambda result, color=color: result.overlay(color=color), "colour")
+            for color in ((256, 0, 0), (0, 0, 256), (-1, 0, 0), (0, -1, 0), (0, 0, -1), (0.5, 0, 0))
+        ],
         (lambda result: result.on_background((1, 2)), "colour"),
         (lambda result: result.polygons(-1), "tolerance is -1"),
         (lambda result: result.polygons(float("nan")), "tolerance is nan"),
