@@ -28,7 +28,6 @@ __all__ = [
     "CocoSink",
     "ImageSink",
     "Kind",
-    "OnlyFound",
     "Picture",
     "Sink",
     "StreamSink",
@@ -99,12 +98,10 @@ class Written:
     Attributes:
         path: The file with this result alone, if there is one.
         value: Its entry for the file with all results, if there is one; JSON values.
-        left_out: Nothing was written because there is no pet; see :class:`OnlyFound`.
     """
 
     path: Path | None = None
     value: dict[str, Any] | None = None
-    left_out: bool = False
 
 
 class Sink(Protocol):
@@ -130,37 +127,6 @@ class Sink(Protocol):
         Implementations may iterate over the values several times, but must not keep them: those of a hundred thousand
         photos take gigabytes.
         """
-
-
-@dataclass(frozen=True)
-class OnlyFound:
-    """A sink that passes results with a pet to another sink, and writes nothing for photos without one.
-
-    A file that an earlier run wrote for such a photo is kept: it is not this run's to remove.
-
-    Attributes:
-        sink: Writes the results with a pet.
-    """
-
-    sink: Sink
-
-    def path_of(self, item: Item) -> Path | None:
-        """The file that an item's result is written to, if it has a pet."""
-        return self.sink.path_of(item)
-
-    def write(self, item: Item, result: Segmentation) -> Written:
-        """Write an item's result, if it has a pet; see :class:`Sink`."""
-        if result.found:
-            return self.sink.write(item, result)
-        return Written(value=self.leave_out(result), left_out=True)
-
-    def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
-        """See :class:`Sink`."""
-        return self.sink.leave_out(result)
-
-    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """See :class:`Sink`."""
-        return self.sink.finish(values)
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,7 @@ def _segment(
             journal=journal,
             mask_only=not kind.needs_photo,
             fast_decode=options.fast_decode,
+            only_found=options.only_found,
             spare=kind.spare,
         )
 
@@ -610,13 +611,6 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 
 def _sink(found: _Found, options: _Options, looks: _Looks) -> Sink:
     """Returns the sink that writes the photos' results."""
-    from petseg_runtime.sinks import OnlyFound
-
-    sink = _sink_of_all(found, options, looks)
-    return OnlyFound(sink) if options.only_found else sink
-
-
-def _sink_of_all(found: _Found, options: _Options, looks: _Looks) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
