@@ -278,13 +278,9 @@ class Gpu(Engine):
     """Stands for an engine on a GPU: one run at a time, of up to eight photos; red is pet."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self.sizes: list[int] = []
         self.before = lambda: None
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
 
     def run(self, images: np.ndarray) -> np.ndarray:
         if not self.sizes:
