@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ from petseg_runtime.cli.text import (
     watched,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -362,7 +361,7 @@ def _find(options: _Options) -> _Found:
         InputError: There are none.
         UsageError: They cannot be combined, or do not fit the output; see :func:`_check_sources`.
     """
-    from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, find_photos, stream_origin
+    from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, Origin, find_photos, stream_origin
 
     input_options = _pairs(options.input_option)
     named = [stream_origin(text, input_options) for text in options.sources]
@@ -381,7 +380,8 @@ def _find(options: _Options) -> _Found:
     for note in notes:
         _print_note(note, options.quiet)
     photos, videos = _by_kind(items)
-    found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
+    files = [Origin(str(video.source), str(video.source), video.name) for video in videos]
+    found = _Found(photos, videos, _distinct([*files, *streams]))
     _check_sources(found, options)
     return found
 
@@ -413,12 +413,6 @@ def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     if videos and all(item.problem and item.source.suffix.lower() not in IMAGE_SUFFIXES for item in photos):
         return [], videos + photos  # no photos, only folders that cannot be listed and patterns that match nothing
     return photos, videos
-
-
-def _origin_of(video: Item) -> Origin:
-    from petseg_runtime.sources import Origin
-
-    return Origin(str(video.source), str(video.source), video.name)
 
 
 def _check_sources(found: _Found, options: _Options) -> None:
@@ -532,10 +526,9 @@ def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
         return found
     more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
     _print_note(f"{strays[0].source}{more}: skipped: {why}", quiet)
-    kept = [not item.found for item in found.videos]
-    kept += [True] * (len(found.streams) - len(kept))  # in `streams`, the videos come first
     videos = [item for item in found.videos if not item.found]
-    return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
+    gone = {item.name for item in strays}  # in `streams`, too: the videos come first there, and keep their names
+    return _Found(found.photos, videos, [origin for origin in found.streams if origin.name not in gone])
 
 
 def _video_output(found: _Found, options: _Options, background: Background | None) -> Output:
@@ -783,10 +776,9 @@ def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: boo
         failed = f", {len(report.failed)} failed" if report.failed else ""
         skipped = f", {report.skipped} already there" if report.skipped else ""
         left_out = f", {report.left_out} without a pet" if report.left_out else ""
-        photos = "photo" if total == 1 else "photos"
         where = shown(report.path or folder)
         written = f"{report.done - report.left_out} written to {where}"
-        click.echo(f"{total} {photos}: {written}{left_out}{skipped}{failed}{_took(report, verbose)}")
+        click.echo(f"{counted(total, 'photo')}: {written}{left_out}{skipped}{failed}{_took(report, verbose)}")
     if verbose:
         for step, seconds in report.steps.items():
             p50, p95 = 1e3 * seconds["p50"], 1e3 * seconds["p95"]
