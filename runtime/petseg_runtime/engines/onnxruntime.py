@@ -8,7 +8,6 @@ for which the CUDA execution provider has no kernel still run on the CPU.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import platform
@@ -262,7 +261,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             other; the message says what may be wrong.
     """
     if _CUDA not in onnxruntime.get_available_providers():
-        both = [name for name in _PACKAGES if _installed(name)]
+        both = list(host.versions(_PACKAGES))
         # Neither: a package of another name, such as those of conda and of board vendors.
         away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
         remedy = f"{away}, then {install('gpu')}"
@@ -288,14 +287,6 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             why = f"GPUs of this machine: {shown}; {remedy}"
         heard = f"; {one_line(printed.getvalue())}" if printed.getvalue() else ""
         raise EngineError(f"{device} is not available: {error} ({why}{heard})") from error
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def load(artifact: Artifact, options: EngineOptions) -> Engine:
