@@ -401,7 +401,7 @@ def _open(path: Path) -> io.FileIO:
         OutputError: It cannot be written, or is a symlink or not a regular file.
     """
     # O_NONBLOCK, because opening a pipe would block.
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
