@@ -205,7 +205,7 @@ class RunPhotos:
         remedy = "train without --teacher, or with a smaller one"
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
-                self._note_teacher(taught.about, taught.provenance)
+                self._note_teacher(taught.about, taught.model.provenance)
                 self._observer.started(f"running the teacher ({taught.model.engine}) on each photo once")
             until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is slightly more than 55
             return TrainSet(found, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
