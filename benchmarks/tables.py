@@ -221,18 +221,9 @@ def within(values: dict[str, Any]) -> str:
 FORMATS: Final = {"Onnx": "ONNX", "OpenVINO": "OpenVINO", "TensorRTRTX": "TensorRT for RTX"}
 
 
-def receipts() -> str:
-    """Returns the receipts of the built-in model's exports, one row for each engine that ran the file."""
-    return receipts_of(records.load("receipts-edge"))
-
-
-def receipts_wide() -> str:
-    """Returns the same for a network of the published shape."""
-    return receipts_of(records.load("receipts-width64"))
-
-
-def receipts_of(record: dict[str, Any]) -> str:
-    """Returns the table of one checkpoint."""
+def receipts(name: str) -> str:
+    """Returns the receipts of a checkpoint's exports in a record, one row for each engine that ran the file."""
+    record = records.load(name)
     about = (record["about"] or record["shipped_model"]).replace("embedded model", "built-in model")  # its former name
     lines = [
         f"**{about}**, {record['photos']} original-size test photos:",
