@@ -560,8 +560,7 @@ def _count_scans(file: Any) -> tuple[int, int]:
     position, scans, size, last = file.tell(), 0, 0, b""
     file.seek(0)
     while block := file.read(2**20):
-        codes = np.frombuffer(last + block, np.uint8)
-        scans += int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == 0xDA)))
+        scans += (last + block).count(b"\xff\xda")
         size, last = size + len(block), block[-1:]
     file.seek(position)
     return scans, size
