@@ -237,7 +237,7 @@ def beside(remover: ISNet, pairs: Sequence[Pair], thresholds: Mapping[str, float
         ours = Timed(engine.run)
         own = evaluate(ours, pairs, artifact.spec.height, artifact.spec.width, batch=1)
         about = described(engine)
-    mine = {border: thresholds.get(kind, artifact.spec.threshold) for border, kind in CHOSEN.items()}
+    mine = {border: thresholds[kind] for border, kind in CHOSEN.items()}
     return {
         "photos": list(result.names),
         "isnet": {

@@ -29,14 +29,13 @@ from typing import Any, Final
 
 import click
 
-from benchmarks.records import git
+from benchmarks.records import ROOT, git
 from petseg_runtime import doctor
 from petseg_runtime.artifact import sample_photos
 from petseg_runtime.engines.registry import ENGINES, RULE
 from petseg_runtime.errors import EngineError
 from petseg_runtime.files import write_atomic
 
-ROOT: Final = Path(__file__).parent.parent
 SCHEMA_VERSION: Final = 1
 BATCHES: Final = (1, 8, 32)
 WITHOUT_GRAPHS: Final = "without CUDA graphs"

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from unittest import mock
 
 import click
 import numpy as np
@@ -187,16 +188,10 @@ def worth_it(found: Sequence[Case], groups: Sequence[Mapping[str, Any]]) -> list
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """Make a folder for files and for the caches of engines and torch.compile, so that cold starts are cold."""
-    names = (cache.VARIABLE, "TORCHINDUCTOR_CACHE_DIR")
-    before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ.update({name: str(Path(folder) / "caches" / name) for name in names})
-        try:
+        caches = {name: f"{folder}/caches/{name}" for name in (cache.VARIABLE, "TORCHINDUCTOR_CACHE_DIR")}
+        with mock.patch.dict(os.environ, caches):
             yield Path(folder)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None)
-                os.environ.update({name: value} if value is not None else {})
 
 
 # Files

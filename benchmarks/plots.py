@@ -58,19 +58,14 @@ class Dot:
 
 
 def write() -> list[Path]:
-    """Writes every plot whose records exist, and returns their paths."""
-    made = []
-    accuracy, latency, peers, rival = (loaded(name) for name in RECORDS[ACCURACY])
-    if accuracy and latency:
-        made.append(save(accuracy_figure(accuracy, latency, peers, rival), ACCURACY))
-    throughput, video = (loaded(name) for name in RECORDS[STAGES])
+    """Writes every plot, and returns their paths."""
+    throughput, video = map(records.load, RECORDS[STAGES])
     bars = {
         "a photo of a folder: median CPU ms of each step": photo_bars(throughput),
         "a frame of a video: median ms of each step (the steps run in parallel)": frame_bars(video),
     }
-    if there := {title: rows for title, rows in bars.items() if rows}:
-        made.append(save(stage_figure(there), STAGES))
-    return made
+    accuracy = accuracy_figure(*map(records.load, RECORDS[ACCURACY]))
+    return [save(accuracy, ACCURACY), save(stage_figure(bars), STAGES)]
 
 
 def stale() -> list[str]:
@@ -81,16 +76,8 @@ def stale() -> list[str]:
 
 def digest(plot: str) -> str:
     """Returns the SHA-256 of the records that a plot is made from."""
-    found = [loaded(name) for name in RECORDS[plot]]
+    found = [records.load(name) for name in RECORDS[plot]]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-
-def loaded(name: str) -> dict[str, Any]:
-    """Returns a record, or an empty one if it cannot be read."""
-    try:
-        return records.load(name)
-    except (OSError, json.JSONDecodeError):
-        return {}
 
 
 # IoU against milliseconds
@@ -108,16 +95,16 @@ def dots(
     ran in alternation.
     """
     own: dict[tuple[str, str], float] = {}
-    compared = accuracy.get("compared", accuracy)
-    for row in compared.get("rows", ()):
-        ms = time_of(row, latency.get("rows", ()))
-        if ms and photos in row["sets"]:
+    compared = accuracy["compared"]
+    for row in compared["rows"]:
+        ms = time_of(row, latency["rows"])
+        if ms:
             own[row["engine"], row["precision"]] = ms
             name = f"petseg in {row['engine'].partition(' ')[0]} {row['precision']}"
             first, this = (iou_of(one["rows"][0]["sets"][photos]["own"]) for one in (accuracy, compared))
             yield Dot(name, ms, first - this + iou_of(row["sets"][photos]["own"]), ours=True)
-    remover = (accuracy.get("isnet") or {}).get(photos)
-    if remover:
+    if accuracy["isnet"]:
+        remover = accuracy["isnet"][photos]
         theirs, same = remover["isnet"], remover["petseg"]
         some = f"{len(remover['photos'])} of these photos"
         yield Dot(
@@ -128,7 +115,7 @@ def dots(
         )
         name = f"petseg in {same['engine'].partition(' ')[0]} {same['precision']}, the same {some}"
         yield Dot(name, 1e3 * same["median"], iou_of(same["own"]), ours=True)
-    for time in accuracy.get("rival_times", ()) if rival else ():
+    for time in accuracy["rival_times"]:
         name = f"{rival['name']}, {time['engine'].partition(' ')[0]} {time['precision']}"
         beside = own.get((time["engine"], time["precision"]))
         ms = beside * time["petseg_times_as_fast"] if beside else time["median"]
@@ -153,17 +140,17 @@ def accuracy_figure(
     accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any], rival: Mapping[str, Any]
 ) -> Figure:
     """Draws a panel for each set of photos, and one with the times of the peers, whose weights are random."""
-    sets, others = list(accuracy["photos"]), peers.get("rows", [])
-    heights = [3.2] * len(sets) + ([0.8 + 0.2 * len(others)] if others else [])
+    sets, others = list(accuracy["photos"]), peers["rows"]
+    heights = [3.2] * len(sets) + [0.8 + 0.2 * len(others)]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    for axes, photos in zip(panels[: len(sets)], sets, strict=True):
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for axes, photos in zip(panels[:-1], sets, strict=True):
         numbered(axes, sorted(dots(accuracy, latency, rival, photos), key=lambda dot: dot.ms))
         if photos == sets[0]:  # the published figure is of the whole test split; the first set is most of it
             published = NETWORK["readings"]["background"]["iou"]
             label = f"{NETWORK['name']}, input size not given: {published:.4f}"
             axes.axhline(published, color=GREY, linestyle="--", linewidth=0.8, label=label)
-        some = accuracy.get("compared", accuracy)["photos"][photos]
+        some = accuracy["compared"]["photos"][photos]
         less = (
             f"; other engines: PyTorch's IoU minus their loss on {some} of these photos"
             if some < accuracy["photos"][photos]
@@ -173,8 +160,7 @@ def accuracy_figure(
         axes.set_ylabel("IoU, border as background")
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
         axes.margins(y=0.15)
-    if others:
-        whole_processes(panels[-1], others)
+    whole_processes(panels[-1], others)
     for axes in panels:
         axes.set_xscale("log")
         axes.grid(alpha=0.25)
@@ -227,7 +213,7 @@ def photo_bars(throughput: Mapping[str, Any]) -> Bars:
         f"{row['backend']}, {row['kind']}": {
             name: 1e3 * median(step[name]["cpu_seconds"] for step in row["steps"]) for name in row["steps"][0]
         }
-        for row in throughput.get("rows", ())
+        for row in throughput["rows"]
     }
 
 
@@ -237,7 +223,7 @@ def frame_bars(video: Mapping[str, Any]) -> Bars:
         f"{row['backend']}, {row['kind']}": {
             name: 1e3 * found["p50"] for name, found in row["steps"].items() if name in STEPS
         }
-        for row in video.get("rows", ())
+        for row in video["rows"]
     }
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +49,8 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "shown": Section(tables.shown, ("shown",)),
         "engines": Section(tables.engines, ("accuracy",)),
         "others": Section(tables.others, ("accuracy",)),
-        "receipts": Section(tables.receipts, ("receipts-edge",)),
-        "receipts-wide": Section(tables.receipts_wide),
+        "receipts": Section(partial(tables.receipts, "receipts-edge"), ("receipts-edge",)),
+        "receipts-wide": Section(partial(tables.receipts, "receipts-width64")),
         "latency": Section(tables.latency, ("latency",)),
         "folders": Section(tables.folders, ("throughput",)),
         "large": Section(tables.large, ("large",)),

@@ -67,10 +67,8 @@ def in_quality() -> list[str]:
     first = record["rows"][0]["sets"]
     copies = next(iter(first))
     own = {what: sets["own"]["readings"]["background"] for what, sets in first.items()}
-    lead = {
-        what: 100 * (sets["own"]["readings"]["background"]["iou"] - iou_of(against["sets"][what]))
-        for what, sets in first.items()
-    }
+    theirs = {what: against["sets"][what]["readings"]["background"]["iou"] for what in first}
+    lead = {what: 100 * (found["iou"] - theirs[what]) for what, found in own.items()}
     published = PUBLISHED["readings"]["background"]["iou"]
     each = "; ".join(
         f"{100 * (found['iou'] - published):+.1f} points of IoU on {SHORT.get(what, what)} ({found['iou']:.4f}, 95 % "
@@ -246,8 +244,3 @@ def faster(row: dict[str, Any], kind: str) -> float:
 def size_of(row: dict[str, Any]) -> float:
     """Returns the size in MB of the packages that a row needs, without CUDA's libraries."""
     return float(row["installed"]["megabytes"] - row["installed"]["of_these_cuda"])
-
-
-def iou_of(found: dict[str, Any]) -> float:
-    """Returns the IoU with the border as background."""
-    return float(found["readings"]["background"]["iou"])

@@ -78,7 +78,7 @@ def draws(record: dict[str, Any]) -> str:
 def engines() -> str:
     """Returns the IoU of each engine and precision, and its difference from the checkpoint's in points."""
     record = records.load("accuracy")
-    compared = record.get("compared", record)  # in older records every engine saw all photos
+    compared = record["compared"]
     heads = [f"set {number}: {border}" for number, _ in enumerate(compared["photos"], 1) for border in BORDER.values()]
     sets = ". ".join(
         f"Set {number}: {f'{photos} of the ' if photos < record['photos'][what] else ''}{what}"
@@ -109,7 +109,7 @@ def others() -> str:
     record, against = records.load("accuracy"), records.load("rival")
     parts = [
         rival(record, against),
-        alike(records.load("budget")) if (records.RESULTS / "budget.json").exists() else "",
+        alike(records.load("budget")),
         isnet(record["isnet"]) if record["isnet"] else "",
         published(ELSEWHERE),
     ]
@@ -221,18 +221,9 @@ def within(values: dict[str, Any]) -> str:
 FORMATS: Final = {"Onnx": "ONNX", "OpenVINO": "OpenVINO", "TensorRTRTX": "TensorRT for RTX"}
 
 
-def receipts() -> str:
-    """Returns the receipts of the built-in model's exports, one row for each engine that ran the file."""
-    return receipts_of(records.load("receipts-edge"))
-
-
-def receipts_wide() -> str:
-    """Returns the same for a network of the published shape."""
-    return receipts_of(records.load("receipts-width64"))
-
-
-def receipts_of(record: dict[str, Any]) -> str:
-    """Returns the table of one checkpoint."""
+def receipts(name: str) -> str:
+    """Returns the receipts of a checkpoint's exports in a record, one row for each engine that ran the file."""
+    record = records.load(name)
     about = (record["about"] or record["shipped_model"]).replace("embedded model", "built-in model")  # its former name
     lines = [
         f"**{about}**, {record['photos']} original-size test photos:",
@@ -404,14 +395,13 @@ def peers() -> str:
     """Returns whole processes of petseg and of its peers, run in alternation on the same photos."""
     record = records.load("peers")
     but_one = ", but for ISNet's" if any("isnet" in row["name"] for row in record["rows"]) else ""
-    others = "every other one" if record.get("between", 1) == 1 else f"every {record['between']} others"
     lines = [
         f"Whole processes on {record['machine']['cores']} cores of {record['machine']['cpu']}, from a folder of "
         f"{record['photos']} photos to masks ({few(record)}), and one photo from a cold start with the files in the "
         "disk's cache and, for petseg, OpenVINO's compiled model in petseg's cache (`python -m benchmarks peers`). "
-        f"They run in alternation, `petseg infer` before and after {others}. Rates are measured from the first mask to "
-        "the last: medians, with the lowest and highest in brackets. Memory is the peak of the process. Installed "
-        "size is that of the packages that this way needs, without CUDA's libraries.",
+        f"They run in alternation, `petseg infer` before and after every {record['between']} others. Rates are "
+        "measured from the first mask to the last: medians, with the lowest and highest in brackets. Memory is the "
+        "peak of the process. Installed size is that of the packages that this way needs, without CUDA's libraries.",
         "",
         "Peers are called in a plain loop, one photo after the other, as their pages show it. `petseg infer` reads, "
         "computes and writes in parallel, and compresses PNG with zlib's fastest level, where the loops use Pillow's "

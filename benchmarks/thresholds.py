@@ -32,8 +32,7 @@ def threshold_ignoring_border(data: Path) -> float:
 
 
 def thresholds_of(data: Path) -> dict[str, float]:
-    """Return the thresholds of the built-in model; the one for cutouts only if it has one."""
+    """Return the thresholds of the built-in model."""
     spec = open_artifact(default_model()).spec
     ignored = threshold_ignoring_border(data)
-    found = {"own": spec.threshold, "cutout": spec.cutout_threshold, "ignored_border": ignored}
-    return {name: threshold for name, threshold in found.items() if threshold is not None}
+    return {"own": spec.threshold, "cutout": spec.cutout_threshold, "ignored_border": ignored}

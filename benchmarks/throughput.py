@@ -143,16 +143,14 @@ def alone(folder: Path, output: Path, kind: str, backend: str) -> dict[str, dict
         def write(job: tuple[Item, Any, Any]) -> None:
             sink.write(job[0], segmenter.finish(*job[1:]))
 
-        found: dict[str, dict[str, float]] = {}
         totals: dict[str, list[float]] = {"read": [0, 0], "infer": [0, 0], "write": [0, 0]}
         for start in range(0, len(items), 100):  # a hundred photos fit into memory
             part = items[start : start + 100]
             prepared = timed_map(read, part, workers, totals["read"])
             answers = timed_map(lambda p: segmenter.infer(p.image[None])[0], prepared, workers, totals["infer"])
             timed_map(write, list(zip(part, prepared, answers, strict=True)), workers, totals["write"])
-        for name, (wall, cpu) in totals.items():
-            found[name] = {"seconds": wall / len(items), "cpu_seconds": cpu / len(items)}
-    return found
+    photos = len(items)
+    return {name: {"seconds": wall / photos, "cpu_seconds": cpu / photos} for name, (wall, cpu) in totals.items()}
 
 
 def timed_map(function: Callable[[Any], Any], values: Iterable[Any], workers: int, total: list[float]) -> list[Any]:

@@ -81,21 +81,25 @@ class Petseg(LazyGroup):
         try:
             return super().get_command(ctx, cmd_name)
         except ModuleNotFoundError as error:
-            extra = COMMANDS[cmd_name].extra
-            if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
-                raise
-            raise MissingExtra(missing(cmd_name, extra, error)) from error
+            raise missing(cmd_name, error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
 
 
-def missing(command: str, extra: str, error: ModuleNotFoundError) -> str:
-    """Returns the error message for a subcommand whose packages are not installed."""
+def missing(command: str, error: ModuleNotFoundError) -> MissingExtra:
+    """Returns the error of a subcommand whose packages are not installed.
+
+    Raises:
+        ModuleNotFoundError: The module is not of these packages.
+    """
+    extra = COMMANDS[command].extra if command else None
+    if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
+        raise error
     from petseg_runtime.extras import install  # imports importlib.metadata, which would slow down every start
 
-    return f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}"
+    return MissingExtra(f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}")
 
 
 @click.group(
@@ -154,12 +158,9 @@ def run(args: list[str]) -> int:
         return error.exit_code
     except ModuleNotFoundError as error:
         # From a command that does its heavy imports when it runs, not when it is imported.
-        name = next((word for word in args if word in COMMANDS), "")
-        extra = COMMANDS[name].extra if name else None
-        if extra is None or (error.name or "").partition(".")[0] in ("petseg", "petseg_export"):
-            raise
-        report(missing(name, extra, error))
-        return MissingExtra.exit_code
+        problem = missing(next((word for word in args if word in COMMANDS), ""), error)
+        report(str(problem))
+        return problem.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ LOCK: Final = ".petseg-train.lock"
 def lock_folder(folder: Path) -> Callable[[], None]:
     """Lock a folder for training, creating it if needed.
 
-    Without file locks (Windows, some file systems) the folder is not locked.
+    On a file system without locks, the folder is not locked.
 
     Returns:
         A function that releases the lock; the end of the process releases it, too.
@@ -52,15 +53,11 @@ def lock_folder(folder: Path) -> Callable[[], None]:
 
 
 def _locked(folder: Path) -> int | None:
-    """Lock the folder; returns the descriptor of the lock file, or None without file locks.
+    """Lock the folder; returns the descriptor of the lock file, or None if it cannot be written.
 
     Raises:
         BlockingIOError: Another process holds the lock; some systems raise PermissionError instead.
     """
-    try:
-        import fcntl  # POSIX only
-    except ImportError:
-        return None
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)

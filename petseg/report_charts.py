@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from petseg_runtime.text import counted
+
 __all__ = ["bars", "photo_histogram", "reliability", "sweep", "training"]
 
 #: Placeholder colours for matplotlib and the page's CSS variable for each, so that charts suit light and dark mode.
@@ -38,7 +40,7 @@ def bars(rows: Sequence[tuple[str, float, int, str]], label: str) -> str:
     places = np.arange(len(rows))
     drawn = axes.barh(places, [row[1] for row in rows], height=0.72, color=[row[3] for row in rows])
     axes.bar_label(
-        drawn, [f"{iou:.3f} · {_photos(count)}" for _, iou, count, _ in rows], padding=4, color=MUTED, size=9
+        drawn, [f"{iou:.3f} · {counted(count, 'photo')}" for _, iou, count, _ in rows], padding=4, color=MUTED, size=9
     )
     axes.set_yticks(places, [row[0] for row in rows], color=INK, parse_math=False)
     axes.set_xlim(0, 1.2)  # room for the label of a bar of 1
@@ -163,10 +165,6 @@ def _axes(axes: Axes, x: str, y: str) -> Axes:
 
 def _legend(axes: Axes, where: Literal["upper left", "upper right", "lower right"]) -> None:
     axes.legend(loc=where, frameon=False, labelcolor=INK, fontsize=9)
-
-
-def _photos(count: int) -> str:
-    return "1 photo" if count == 1 else f"{count} photos"
 
 
 def _svg(figure: Figure, label: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from petseg import report_charts as charts
 from petseg.data import Layout
+from petseg_runtime.text import shown
 
 __all__ = ["TINTS", "Case", "page"]
 
@@ -82,9 +83,9 @@ def page(values: Mapping[str, Any], cases: Mapping[str, Sequence[Case]]) -> str:
         ("look", "Photos to look at", _names(values)),
         ("model", "Model and data", _facts(values)),
     ]
-    shown = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in shown)
-    body = "".join(f'<section id="{a}"><h2>{title}</h2>{text}</section>\n' for a, title, text in shown)
+    filled = [(anchor, title, body) for anchor, title, body in sections if body]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title, _ in filled)
+    body = "".join(f'<section id="{a}"><h2>{title}</h2>{text}</section>\n' for a, title, text in filled)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(_title(values))}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -366,8 +367,7 @@ def _footer(values: Mapping[str, Any]) -> str:
 
 def _text(value: object) -> str:
     """Escape text for HTML; invisible characters (control and direction characters, surrogates) become ``\\x1b``."""
-    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
-    return html.escape(seen)
+    return html.escape(shown(value))
 
 
 def _code(value: object) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -206,7 +205,7 @@ class RunPhotos:
         remedy = "train without --teacher, or with a smaller one"
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
-                self._note_teacher(taught.about, taught.provenance)
+                self._note_teacher(taught.about, taught.model.provenance)
                 self._observer.started(f"running the teacher ({taught.model.engine}) on each photo once")
             until = math.ceil(round(augment.mix_until * config.epochs, 6))  # 0.55 * 100 is slightly more than 55
             return TrainSet(found, d.height, d.width, augment, config.seed, taught, self.failed, folder, here, until)
@@ -293,15 +292,14 @@ def loader(
     d, own = config.data, config.batch // ranks.size
     batch = decoded_size(own, d.height, d.width, taught=True)  # an upper bound
     workers = workers_of(d.workers, device, batch, ranks.here)
-    # Forked workers share the photos' memory; with another start method, the default from Python 3.14 on, they copy it.
-    fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     return DataLoader(
         photos,
         batch_sampler=sampler,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
-        multiprocessing_context="fork" if fork else None,
+        # Forked workers share the photos' memory; with another start method, Python 3.14's default, they copy it.
+        multiprocessing_context="fork" if workers else None,
         persistent_workers=workers > 0,
     )
 

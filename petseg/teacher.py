@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +47,6 @@ class Teacher:
     def about(self) -> dict[str, str]:
         """The name of the model's file, and its identity."""
         return {"file": self.model.file, "identity": self.model.identity}
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """The provenance in the model's file."""
-        return self.model.provenance
 
 
 @contextlib.contextmanager

@@ -345,7 +345,7 @@ class Trainer:
             for step in _delayed(steps) if self.late else steps:
                 self._settle(step)
         if self._stopping:
-            self._save_last()
+            self.ranks.on_first(self._write_last, self.device)
             raise KeyboardInterrupt
 
     def _steps(self) -> Generator[Step, None, None]:
@@ -520,9 +520,6 @@ class Trainer:
         }
         meta = {**self.meta, "kind": "model", "spec": spec, "epoch": row.epoch, "validation": row.as_dict()}
         checkpoint.save_checkpoint(self.output / BEST, self.ema.module.state_dict(), meta)
-
-    def _save_last(self) -> None:
-        self.ranks.on_first(self._write_last, self.device)
 
     def _write_last(self) -> float:
         self._elapsed()

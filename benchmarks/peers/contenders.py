@@ -135,13 +135,13 @@ def theirs(python: Path) -> Iterator[Contender]:
         yield Contender(f"rembg {name}", how, "ONNX Runtime", size, RANDOM, command, "peers", needs, model, share=FEW)
     for library, name, network, share, engines in NETWORKS:
         weights_file, graph = MODELS / f"{network}.safetensors", MODELS / f"{network}.onnx"
-        for engine, command, model, needs in (
-            (PYTORCH, loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
-            ("ONNX Runtime", loop(python, "onnxruntime", graph), graph, ("onnxruntime", "numpy", "pillow")),
-            ("OpenVINO", loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
-        ):
-            if engine not in engines:
-                continue
+        ways = {
+            PYTORCH: (loop(python, "torch", network, weights_file), weights_file, (library, "pillow")),
+            "ONNX Runtime": (loop(python, "onnxruntime", graph), graph, ("onnxruntime", "numpy", "pillow")),
+            "OpenVINO": (loop(python, "openvino", graph), graph, ("openvino", "numpy", "pillow")),
+        }
+        for engine in engines:
+            command, model, needs = ways[engine]
             title = f"{library} {name}, {engine}".replace("segmentation-models-pytorch", "smp")
             yield Contender(
                 title,

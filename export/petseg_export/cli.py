@@ -133,9 +133,9 @@ def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     values = {key: value for key, value in options.items() if value is not None and value != ()}
     if "size" in values:
-        values["height"], values["width"] = _size(values.pop("size"), "--size")
+        values["height"], values["width"] = parse_size(values.pop("size"))
     if "max_size" in values:
-        values["max_size"] = _size(values["max_size"], "--max-size")
+        values["max_size"] = parse_size(values["max_size"], "--max-size")
     if "capabilities" in values:
         values["compute_capabilities"] = values.pop("capabilities")
     values["batch"] = _batch(values["batch"])
@@ -148,14 +148,6 @@ def _settings(format_name: str, options: dict[str, Any]) -> dict[str, Any]:
         names = ", ".join(_OPTIONS.get(name, f"--{name.replace('_', '-')}") for name in odd)
         raise click.UsageError(f"{names}: does not apply to --format {format_name}")
     return values
-
-
-def _size(text: str, option: str) -> tuple[int, int]:
-    try:
-        return parse_size(text)
-    except click.BadParameter as error:
-        error.param_hint = option
-        raise
 
 
 def _batch(text: str) -> int:

@@ -17,7 +17,7 @@ __all__ = ["compile_openvino"]
 
 
 def compile_openvino(onnx: Artifact, output: Path, config: OpenVINOConfig, _: Watch, /) -> dict[str, Any]:
-    """Write the IR of an ONNX file: a :class:`petseg_export.registry.Compiler` that reports no progress.
+    """Write the IR of an ONNX file: a :data:`petseg_export.registry.Compiler` that reports no progress.
 
     fp16 is how the weights are stored; the device computes in the precision that it prefers.
 

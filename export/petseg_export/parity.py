@@ -180,17 +180,16 @@ def read(photos: Sequence[Pair] | Sequence[Path], spec: ModelSpec) -> Photos:
         InputError: An unlabelled photo cannot be read.
         DataError: A labelled photo or its label cannot be read.
     """
-    names, inputs, trimaps = [], [], []
+    inputs, trimaps = [], []
     for photo in photos:
         if isinstance(photo, Pair):
             pixels, trimap = read_pair(photo)
-            names.append(photo.name)
             trimaps.append(trimap)
         else:
             pixels = images.read(photo).pixels
-            names.append(photo.name)
         inputs.append(images.to_model(pixels, spec.height, spec.width))
-    return Photos(tuple(names), np.stack(inputs), Labels(tuple(trimaps), spec.threshold) if trimaps else None)
+    names = tuple(photo.name for photo in photos)
+    return Photos(names, np.stack(inputs), Labels(tuple(trimaps), spec.threshold) if trimaps else None)
 
 
 def prove(

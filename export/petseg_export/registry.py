@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from petseg_export.config import (
     CompiledConfig,
@@ -31,22 +31,9 @@ __all__ = ["FORMATS", "Compiler", "Format", "Needs", "Watch", "check", "check_li
 #: Progress callback: called with the name of the stage, the steps done, and the steps in total (0: not known).
 Watch: TypeAlias = Callable[[str, int, int], None]
 
-
-class Compiler(Protocol):
-    """Compiles an ONNX file to a format's file."""
-
-    def __call__(self, onnx: Artifact, output: Path, config: Any, watch: Watch, /) -> dict[str, Any]:
-        """Write ``output`` and the files that accompany it.
-
-        Args:
-            onnx: The ONNX file.
-            output: The file to write.
-            config: The format's config.
-            watch: Called with progress.
-
-        Returns:
-            What the file was built with and what it needs on a device; JSON values.
-        """
+#: Compiles an ONNX file: called with it, the file to write (others may accompany it), the format's config, and a
+#: progress callback; returns what the file was built with and what it needs on a device, as JSON values.
+Compiler: TypeAlias = Callable[[Artifact, Path, Any, Watch], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +57,7 @@ class Format:
         gpu: Whether building it requires an NVIDIA GPU.
         cuda: Whether it runs on NVIDIA GPUs only, which requires cuda-bindings: a system's TensorRT does not bring it.
         foreign: Whether it may be built for other GPUs than this machine's.
-        compiler: ``module:function`` of its :class:`Compiler`; None for ONNX itself.
+        compiler: ``module:function`` of its :data:`Compiler`; None for ONNX itself.
         sources: For each precision, that of the ONNX file to compile, where it differs.
         proven: Where we have run such files.
     """

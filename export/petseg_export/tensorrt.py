@@ -18,7 +18,7 @@ __all__ = ["compile_tensorrt", "compile_tensorrt_rtx"]
 
 
 def compile_tensorrt(onnx: Artifact, output: Path, config: TensorRTConfig, watch: Watch, /) -> dict[str, Any]:
-    """Write a TensorRT engine for the GPU that the config names: a :class:`petseg_export.registry.Compiler`.
+    """Write a TensorRT engine for the GPU that the config names: a :data:`petseg_export.registry.Compiler`.
 
     Returns:
         :attr:`petseg_runtime.engines.tensorrt_build.Built.record`; JSON values.

@@ -194,6 +194,7 @@ def train(
 def _train(config: TrainConfig, options: Options) -> int:
     """Train with complete settings; returns the exit code."""
     from petseg.distributed import join, local_device
+    from petseg.observers import Observers
     from petseg.record import commit
     from petseg.train import Trainer
     from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
@@ -213,7 +214,7 @@ def _train(config: TrainConfig, options: Options) -> int:
                 init=options.init,
                 teacher=options.teacher,
                 resume=options.resume,
-                observer=_both(observer, board),
+                observer=Observers(observer, board) if board else observer,
                 provenance={**origin, **({"recipe": options.recipe} if options.recipe else {})},
                 ranks=ranks,
             )
@@ -346,12 +347,6 @@ def _board(config: TrainConfig, options: Options, first: bool) -> Iterator[Obser
         yield board
     finally:
         board.close()
-
-
-def _both(observer: Observer, board: Observer | None) -> Observer:
-    from petseg.observers import Observers
-
-    return Observers(observer, board) if board else observer
 
 
 def _observer(epochs: int, progress: Progress, quiet: bool, first: bool) -> Observer:

@@ -13,7 +13,6 @@ from petseg_runtime import images
 from petseg_runtime.errors import ImageTooLarge, InputError
 from petseg_runtime.journal import Journal, Values
 from petseg_runtime.pipeline import Outcome, Pipeline, Steps, Timings
-from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared, Segmenter
 from petseg_runtime.sinks import Sink, Written
 from petseg_runtime.sources import Item
@@ -34,7 +33,7 @@ class Done:
         box: The bounding box of the mask: x, y, width, height in pixels; None if the mask is empty.
         notes: Decisions made while decoding it; see :class:`petseg_runtime.Photo`.
         value: Its entry in a file that is written at the end, if there is one.
-        left_out: Nothing was written because there is no pet; see :class:`petseg_runtime.sinks.OnlyFound`.
+        left_out: Nothing was written because there is no pet.
     """
 
     path: Path | None
@@ -85,6 +84,7 @@ def segment_photos(
     journal: Journal | None = None,
     mask_only: bool = False,
     fast_decode: bool = False,
+    only_found: bool = False,
     spare: int = 0,
 ) -> Report:
     """Segment every photo and write every result; a photo that fails does not stop the rest.
@@ -98,6 +98,8 @@ def segment_photos(
         journal: Says which photos are done already, and notes each new result; a sink that writes at the end needs one.
         mask_only: The photos' pixels are not part of the results.
         fast_decode: Decode large JPEGs at a reduced size, which changes masks slightly; requires ``mask_only``.
+        only_found: Write nothing of photos without a pet. A file that an earlier run wrote for such a photo is kept: it
+            is not this run's to remove.
         spare: Bytes per pixel of a photo that rendering its result takes; see :class:`petseg_runtime.sinks.Kind`.
 
     Raises:
@@ -110,7 +112,7 @@ def segment_photos(
     report.skipped = len(items) - len(left)
     begun(len(left))
     info = segmenter.describe()
-    steps = _steps(segmenter, sink, mask_only, fast_decode, spare)
+    steps = _steps(segmenter, sink, mask_only, fast_decode, only_found, spare)
     workers = max(1, min(segmenter.workers, len(left)))
     with Pipeline(steps, info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
@@ -131,7 +133,9 @@ def segment_photos(
     return report
 
 
-def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, spare: int) -> Steps[Item, Done]:
+def _steps(
+    segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, only_found: bool, spare: int
+) -> Steps[Item, Done]:
     at_least = segmenter.size if fast_decode else None
 
     def read(item: Item, reserve: Callable[[int], None]) -> Prepared:
@@ -146,8 +150,20 @@ def _steps(segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool,
     def write(item: Item, photo: Prepared, answer: Any) -> Done:
         with _enough_memory(item):
             result = segmenter.finish(photo, answer)
-            written = sink.write(item, result)
-        return _done(result, written)
+            left_out = only_found and not result.found
+            written = Written(value=sink.leave_out(result)) if left_out else sink.write(item, result)
+        height, width = result.probability.shape
+        return Done(
+            path=written.path,
+            height=height,
+            width=width,
+            coverage=result.coverage,
+            found=result.found,
+            box=result.box,
+            notes=result.notes,
+            value=written.value,
+            left_out=left_out,
+        )
 
     return Steps(read, segmenter.infer, write)
 
@@ -168,18 +184,3 @@ def _enough_memory(item: Item) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise ImageTooLarge(f"{_name_of(item)}: not enough memory for it; make it smaller first") from error
-
-
-def _done(result: Segmentation, written: Written) -> Done:
-    height, width = result.probability.shape
-    return Done(
-        path=written.path,
-        height=height,
-        width=width,
-        coverage=result.coverage,
-        found=result.found,
-        box=result.box,
-        notes=result.notes,
-        value=written.value,
-        left_out=written.left_out,
-    )

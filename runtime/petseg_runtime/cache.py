@@ -11,8 +11,8 @@ compilation time is lost.
 
 Nothing is removed automatically: another environment may still need the files of another version of a library.
 ``petseg cache`` shows the sizes, and clears the cache. The environment variable ``PETSEG_CACHE`` names a folder to use
-instead of the user's cache folder for petseg; if it is empty, nothing is cached. Without a home folder, or on systems
-other than POSIX, nothing is cached either.
+instead of the user's cache folder for petseg; if it is empty, nothing is cached. Without a home folder, nothing is
+cached either.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -221,7 +222,7 @@ class Slot:
 def cache_folder() -> Path | None:
     """The folder of the cache; None: nothing is cached."""
     asked = os.environ.get(VARIABLE)
-    if asked == "" or os.name != "posix":  # on other systems, owners and modes mean less
+    if asked == "":
         return None
     place = Path(asked).absolute() if asked else _users_folder()
     return place and place / "engines"
@@ -229,7 +230,7 @@ def cache_folder() -> Path | None:
 
 def no_folder() -> str:
     """Why there is no folder although caching is wanted; "" if there is one, or if caching is not wanted."""
-    wanted = os.environ.get(VARIABLE) != "" and os.name == "posix"
+    wanted = os.environ.get(VARIABLE) != ""
     return f"there is no home folder; set {VARIABLE} to a folder" if wanted and cache_folder() is None else ""
 
 
@@ -446,8 +447,6 @@ def _locked(path: Path) -> Iterator[None]:
     Raises:
         OSError: The file system does not support locks, or cannot be written to.
     """
-    import fcntl  # POSIX only
-
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = path.with_name(f"{path.name}.lock")
     while True:
@@ -471,8 +470,6 @@ def _remove(file: Path) -> bool:
     Raises:
         OSError: It cannot be removed.
     """
-    import fcntl  # POSIX only
-
     if file.suffix != ".lock" or file.is_symlink():  # lock files of the cache are never links
         file.unlink()
         return True

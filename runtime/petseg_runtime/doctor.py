@@ -25,7 +25,7 @@ from petseg_runtime.artifact import default_model
 from petseg_runtime.cameras import Camera, cameras
 from petseg_runtime.errors import OutputError
 from petseg_runtime.extras import install
-from petseg_runtime.host import ONNXRUNTIME_CUDA12, Gpu, Host, host, old_driver
+from petseg_runtime.host import ONNXRUNTIME_CUDA12, Gpu, Host, host, old_driver, versions
 
 __all__ = [
     "EngineCheck",
@@ -218,7 +218,7 @@ def examine(watch: Callable[[str], None] = lambda what: None) -> Examination:
         auto=auto,
         ffmpeg=ffmpeg,
         cameras=cameras(),
-        heic=_version("pillow-heif"),
+        heic=versions(("pillow-heif",)).get("pillow-heif", ""),
         cache=cache,
         cache_bytes=cache_bytes,
         problems=tuple(filter(None, problems)),
@@ -256,11 +256,10 @@ def check_engine(line: RuleLine, gpus: Sequence[Gpu], device: str = "", model: P
         device: One device of that type ("cuda:1"); "": the first one.
         model: The file; None: the built-in model, which has a parity record.
     """
-    packages = _packages_of(line.module)
     check = EngineCheck(
         engine=line.engine,
         device=device or line.device,
-        packages=tuple(f"{name} {importlib.metadata.version(name)}" for name in packages),
+        packages=tuple(f"{name} {version}" for name, version in versions(_packages_of(line.module)).items()),
         works=False,
         why="",
         run_by_us=line.run_by_us,
@@ -349,13 +348,6 @@ def _signal(number: int) -> str:
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _packages_of(module: str) -> list[str]:

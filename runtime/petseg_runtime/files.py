@@ -43,7 +43,7 @@ def read_text(path: Path, most: int) -> str:
         OSError: It cannot be read, is not a regular file, or is larger.
         UnicodeDecodeError: It is not UTF-8.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # opening a pipe would block
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # opening a pipe would block
     with os.fdopen(os.open(path, flags), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -171,7 +171,7 @@ def synced(path: Path) -> Iterator[None]:
         OSError: The flush fails.
     """
     yield
-    with path.open("rb+") as file:  # Windows flushes only files that are open for writing
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -179,7 +179,7 @@ def synced(path: Path) -> Iterator[None]:
 def synced_folder(folder: Path) -> Iterator[None]:
     """Flush a folder to the disk after the body has renamed files in it, if the operating system supports that."""
     yield
-    with contextlib.suppress(OSError):  # unsupported on Windows and on some network file systems
+    with contextlib.suppress(OSError):  # unsupported on some network file systems
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

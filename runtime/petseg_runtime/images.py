@@ -39,6 +39,7 @@ __all__ = [
     "OpenPhoto",
     "Photo",
     "contents",
+    "drained",
     "from_model",
     "in_profile",
     "is_photo",
@@ -306,7 +307,7 @@ def contents(file: BinaryIO) -> tuple[bytes, str]:
     """
     name = _name_of(file)
     with _reading(name):
-        return _drained(_rewindable(file, name)), name
+        return drained(_rewindable(file, name)), name
 
 
 def may_change(image: Image.Image) -> bool:
@@ -514,11 +515,11 @@ def _rewindable(file: Any, name: str) -> Any:
         file.seek(0)
         return file
     except (AttributeError, OSError):
-        return io.BytesIO(_drained(file))
+        return io.BytesIO(drained(file))
 
 
-def _drained(file: Any) -> bytes:
-    """Reads a file to its end, or to one byte more than ``MAX_BYTES``."""
+def drained(file: Any) -> bytes:
+    """Read a file to its end, or to one byte more than ``MAX_BYTES``."""
     data = bytearray()
     while len(data) <= MAX_BYTES and (more := file.read(min(2**20, MAX_BYTES + 1 - len(data)))):
         data += more
@@ -559,8 +560,7 @@ def _count_scans(file: Any) -> tuple[int, int]:
     position, scans, size, last = file.tell(), 0, 0, b""
     file.seek(0)
     while block := file.read(2**20):
-        codes = np.frombuffer(last + block, np.uint8)
-        scans += int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == 0xDA)))
+        scans += (last + block).count(b"\xff\xda")
         size, last = size + len(block), block[-1:]
     file.seek(position)
     return scans, size

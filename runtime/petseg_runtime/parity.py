@@ -360,18 +360,9 @@ class Receipt:
             "kind": self.kind,
             "passed": self.passed,
             "summary": self.summary,
-            "identity": self.identity,
-            "proof": self.proof,
-            "photos": self.photos,
-            "photos_sha256": self.photos_sha256,
+            **asdict(self),
             "names": list(self.names),
-            "reference": self.reference,
-            "stored": self.stored,
             "rows": [row.as_dict() for row in self.rows],
-            "scan": self.scan,
-            "quantization": self.quantization,
-            "note": self.note,
-            "spec": self.spec,
         }
 
 

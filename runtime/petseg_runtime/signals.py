@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -15,15 +16,14 @@ from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATE
 
 __all__ = ["EXITS", "HANG_UP", "handled", "leave_terminal", "terminable"]
 
-#: Sent when the terminal is gone: its window was closed, or the connection to this machine broke. None on systems
-#: without this signal.
-HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)
+#: Sent when the terminal is gone: its window was closed, or the connection to this machine broke.
+HANG_UP: Final = signal.SIGHUP
 
 #: The signals that stop a run cleanly, and the exit code of each.
 EXITS: Final[dict[int, int]] = {
     signal.SIGINT: EXIT_INTERRUPTED,
     signal.SIGTERM: EXIT_TERMINATED,
-    **({} if HANG_UP is None else {HANG_UP: EXIT_HUNG_UP}),
+    HANG_UP: EXIT_HUNG_UP,
 }
 
 _MESSAGES: Final = {EXIT_TERMINATED: "terminated", EXIT_HUNG_UP: "hung up"}
@@ -104,10 +104,6 @@ def leave_terminal() -> bool:
 
 def _is_gone(number: int) -> bool:
     """Whether a file descriptor refers to a terminal that is gone."""
-    try:
-        import termios  # POSIX only
-    except ImportError:
-        return False
     try:
         termios.tcgetattr(number)
     except termios.error as error:

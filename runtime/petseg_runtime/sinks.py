@@ -28,7 +28,6 @@ __all__ = [
     "CocoSink",
     "ImageSink",
     "Kind",
-    "OnlyFound",
     "Picture",
     "Sink",
     "StreamSink",
@@ -99,19 +98,18 @@ class Written:
     Attributes:
         path: The file with this result alone, if there is one.
         value: Its entry for the file with all results, if there is one; JSON values.
-        left_out: Nothing was written because there is no pet; see :class:`OnlyFound`.
     """
 
     path: Path | None = None
     value: dict[str, Any] | None = None
-    left_out: bool = False
 
 
 class Sink(Protocol):
-    """Writes results; called from several threads."""
+    """Writes results; called from several threads. Unless it says otherwise, results have no file, and share none."""
 
     def path_of(self, item: Item) -> Path | None:
-        """The file that an item's result is written to; None if results share one file."""
+        """The file that an item's result is written to; None if it has none of its own."""
+        return None
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Write an item's result.
@@ -123,6 +121,7 @@ class Sink(Protocol):
 
     def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
         """The entry of a photo without a pet in the file with all results; None if there is no such file."""
+        return None
 
     def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
         """Write the file with all results, if there is one, from all values in order; returns its path.
@@ -130,37 +129,7 @@ class Sink(Protocol):
         Implementations may iterate over the values several times, but must not keep them: those of a hundred thousand
         photos take gigabytes.
         """
-
-
-@dataclass(frozen=True)
-class OnlyFound:
-    """A sink that passes results with a pet to another sink, and writes nothing for photos without one.
-
-    A file that an earlier run wrote for such a photo is kept: it is not this run's to remove.
-
-    Attributes:
-        sink: Writes the results with a pet.
-    """
-
-    sink: Sink
-
-    def path_of(self, item: Item) -> Path | None:
-        """The file that an item's result is written to, if it has a pet."""
-        return self.sink.path_of(item)
-
-    def write(self, item: Item, result: Segmentation) -> Written:
-        """Write an item's result, if it has a pet; see :class:`Sink`."""
-        if result.found:
-            return self.sink.write(item, result)
-        return Written(value=self.leave_out(result), left_out=True)
-
-    def leave_out(self, result: Segmentation) -> dict[str, Any] | None:
-        """See :class:`Sink`."""
-        return self.sink.leave_out(result)
-
-    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Path | None:
-        """See :class:`Sink`."""
-        return self.sink.finish(values)
+        return None
 
 
 @dataclass(frozen=True)
@@ -276,7 +245,7 @@ def background_of(text: str) -> Background:
     return images.with_profile(Image.fromarray(photo.pixels), photo.icc_profile)
 
 
-class ImageSink:
+class ImageSink(Sink):
     """Writes one picture per photo below a folder, each atomically."""
 
     def __init__(
@@ -331,14 +300,8 @@ class ImageSink:
             raise InputError(f"{item.source}: its result {path} cannot be written ({reason})") from error
         return Written(path)
 
-    def leave_out(self, result: Segmentation) -> None:
-        """Returns None: there is no file with all results."""
 
-    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
-        """Does nothing: all results are written."""
-
-
-class CocoSink:
+class CocoSink(Sink):
     """Writes ``annotations.json`` in COCO's format: one category, and one annotation for each photo with a pet."""
 
     def __init__(self, output: Path, kind: str, items: Sequence[Item], *, resume: bool = False) -> None:
@@ -357,9 +320,6 @@ class CocoSink:
         if not resume:
             _reject_beside(set(map(real_paths(), (item.source for item in items))), [self._path])
         probe(output)
-
-    def path_of(self, item: Item) -> None:
-        """Returns None: results share one file."""
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Compute the entry of an item in the file with all results; see :class:`Sink`."""
@@ -403,7 +363,7 @@ def _coco(values: Iterable[tuple[Item, Mapping[str, Any]]]) -> Iterator[str]:
     yield f'], "categories": {json.dumps([category])}}}\n'
 
 
-class StreamSink:
+class StreamSink(Sink):
     """Writes one picture to a stream, for pipes."""
 
     def __init__(self, stream: BinaryIO, picture: Picture) -> None:
@@ -414,9 +374,6 @@ class StreamSink:
             picture: Renders and encodes the results.
         """
         self._stream, self._picture = stream, picture
-
-    def path_of(self, item: Item) -> None:
-        """Returns None: no item has a file."""
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Write the result in one piece; see :class:`Sink`."""
@@ -432,12 +389,6 @@ class StreamSink:
         except OSError as error:
             raise OutputError(f"standard output cannot be written to ({error.strerror or error})") from error
         return Written()
-
-    def leave_out(self, result: Segmentation) -> None:
-        """Returns None: there is no file with all results."""
-
-    def finish(self, values: Iterable[tuple[Item, Mapping[str, Any]]]) -> None:
-        """Does nothing: all results are written."""
 
 
 def _reject_beside(photos: Set[str], results: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import IO, Final
 
 from petseg_runtime.errors import InputError, UsageError
-from petseg_runtime.images import HEIF_BRANDS, MAX_BYTES
+from petseg_runtime.images import HEIF_BRANDS, drained
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -347,13 +347,10 @@ def from_pipe() -> tuple[Origin | None, bytes]:
     head = b""
     while len(head) < _HEAD and (more := pipe.read(_HEAD - len(head))):
         head += more
+    whole = Replayed(head, pipe)
     if _begins_a_video(head):
-        return Origin(Replayed(head, pipe), "standard input", PurePath("stdin")), b""  # type: ignore[arg-type]
-    parts, size = [head], len(head)
-    while size <= MAX_BYTES and (more := pipe.read(min(2**20, MAX_BYTES + 1 - size))):
-        parts.append(more)
-        size += len(more)
-    return None, b"".join(parts)
+        return Origin(whole, "standard input", PurePath("stdin")), b""  # type: ignore[arg-type]
+    return None, drained(whole)
 
 
 def raw_video(text: str) -> Origin:

@@ -1,4 +1,4 @@
-"""Plots are made from the records that exist; the same records give the same bytes."""
+"""Each dot and bar of the plots is from its records; the same records give the same bytes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ LATENCY = {
         engine("openvino 1", "bf16", median=7.0),
     ]
 }
+PHOTOS = {"small": 3, "large": 2}
+ROWS = [
+    engine("PyTorch 2, eager", "f32", sets={name: {"own": reached(0.83)} for name in PHOTOS}),
+    engine("openvino 1", "bf16", sets={name: {"own": reached(0.82)} for name in PHOTOS}),
+    engine("onnxruntime 1", "f32", sets={name: {"own": reached(0.83)} for name in PHOTOS}),  # whose time is not known
+]
+REMOVER = {
+    "photos": ["a", "b"],
+    "isnet": {"median": 2.0, "at_0.5": reached(0.6), "at_best_for_background": reached(0.7)},
+    "petseg": engine("openvino 1", "bf16", median=0.008, own=reached(0.75)),
+}
 ACCURACY = {
-    "photos": {"small": 3, "large": 2},
-    "rows": [
-        engine("PyTorch 2, eager", "f32", sets={"small": {"own": reached(0.83)}}),
-        engine("openvino 1", "bf16", sets={"small": {"own": reached(0.82)}}),
-        engine("onnxruntime 1", "f32", sets={"small": {"own": reached(0.83)}}),  # whose time is not known
-    ],
-    "isnet": {
-        "small": {
-            "photos": ["a", "b"],
-            "isnet": {"median": 2.0, "at_0.5": reached(0.6), "at_best_for_background": reached(0.7)},
-            "petseg": engine("openvino 1", "bf16", median=0.008, own=reached(0.75)),
-        }
-    },
+    "photos": PHOTOS,
+    "rows": ROWS,
+    "compared": {"photos": PHOTOS, "rows": ROWS},
+    "isnet": dict.fromkeys(PHOTOS, REMOVER),
     "rival_times": [
         {"engine": "openvino 1", "precision": "bf16", "median": 16.0, "petseg_times_as_fast": 1.5},
         {
@@ -83,15 +85,11 @@ def test_each_dot_has_the_time_of_its_engine_and_precision() -> None:
         ("LR-ASPP", 10.5, 0.8, False),  # 1.5 times petseg's 7 ms, whatever the machine did on the day of the 16 ms
         ("LR-ASPP", 20.0, 0.8, False),
     ]
-    assert list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, {}, "large")) == []
+    assert len(list(plots.dots({**ACCURACY, "isnet": None}, LATENCY, RIVAL, "small"))) == 4
 
 
 def test_the_published_figure_is_a_line_across_the_test_split_alone() -> None:
-    record = {**ACCURACY, "isnet": None}
-    record["rows"] = [
-        {**row, "sets": dict.fromkeys(("small", "large"), row["sets"]["small"])} for row in ACCURACY["rows"]
-    ]
-    figure = plots.accuracy_figure(record, LATENCY, {}, {})
+    figure = plots.accuracy_figure(ACCURACY, LATENCY, RECORDS["peers"], RIVAL)
     small, large = (
         [text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes if axes.get_legend()
     )
@@ -104,13 +102,6 @@ def test_bars_are_milliseconds_of_each_step() -> None:
         "openvino, mask": pytest.approx({"read": 20, "infer": 50, "write": 20})
     }
     assert plots.frame_bars(RECORDS["video"]) == {"openvino, mask": {"decode": 2.0}}
-
-
-def test_plots_are_made_from_the_existing_records(tmp_path: Path) -> None:
-    assert plots.write() == []
-    for name in ("throughput", "accuracy"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(RECORDS[name]))
-    assert [path.name for path in plots.write()] == [plots.STAGES]
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -128,5 +119,5 @@ def test_an_outdated_plot_is_reported(tmp_path: Path) -> None:
     assert plots.stale() == [plots.ACCURACY, plots.STAGES], "missing plots are stale"
     plots.write()
     assert plots.stale() == []
-    (tmp_path / "peers.json").unlink()
+    (tmp_path / "peers.json").write_text(json.dumps({"rows": []}))
     assert plots.stale() == [plots.ACCURACY]

@@ -57,11 +57,8 @@ def readings(iou: float) -> dict[str, Any]:
 
 def test_each_metric_is_reported_at_its_threshold(tmp_path: Path) -> None:
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
-    record = {
-        "photos": {"small": 3},
-        "thresholds": dict.fromkeys(kinds, 0.5),
-        "rows": [{"name": "openvino", "sets": {"small": kinds}}],
-    }
+    compared = {"photos": {"small": 3}, "rows": [{"name": "openvino", "sets": {"small": kinds}}]}
+    record = {"photos": {"small": 3}, "thresholds": dict.fromkeys(kinds, 0.5), "compared": compared}
     (tmp_path / "accuracy.json").write_text(json.dumps(record))
     assert tables.engines().splitlines()[-1] == "| openvino | 0.8000 (-0.04) | 0.8500 (-0.04) | 0.9000 (-0.04) |"
 

@@ -278,13 +278,9 @@ class Gpu(Engine):
     """Stands for an engine on a GPU: one run at a time, of up to eight photos; red is pet."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
         self.sizes: list[int] = []
         self.before = lambda: None
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
 
     def run(self, images: np.ndarray) -> np.ndarray:
         if not self.sizes:
@@ -695,7 +691,7 @@ def test_the_memory_of_results_is_counted(photo_copies: Path, segmenter: Segment
     items = [Item(next(photo_copies.rglob("*.jpg")), PurePath("one"))]
     for spare in (0, sinks.KINDS[kind].spare):
         sink = ImageSink(tmp_path / str(spare), picture("mask"), items)
-        read = batch._steps(segmenter, sink, True, False, spare).read
+        read = batch._steps(segmenter, sink, True, False, False, spare).read
         read(items[0], asked.append)
     with Image.open(items[0].source) as image:
         assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height

@@ -81,14 +81,10 @@ class Abacus(Engine):
     """A fast engine that lets other callers run first; fails at its ``fails``-th run."""
 
     def __init__(self, spec: ModelSpec, options: EngineOptions, fails: int = -1) -> None:
-        self._spec, self.options, self.fails = spec, options, fails
+        self.spec, self.options, self.fails = spec, options, fails
         self.sizes: list[int] = []
         self.callers: set[int] = set()
         self.closed = False
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self._spec
 
     def run(self, images: Any) -> Any:
         self.sizes.append(len(images))

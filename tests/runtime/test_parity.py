@@ -1139,12 +1139,10 @@ def test_in_openvino_there_are_rows_in_f32_and_in_its_default_precision(
 class Abacus(Engine):
     """An engine that computes float32 in less by default, and returns the right outputs."""
 
+    spec = SPEC
+
     def __init__(self, proof: Proof, info: EngineInfo) -> None:
         self.left, self.info = iter(proof.expected), info
-
-    @property
-    def spec(self) -> ModelSpec:
-        return SPEC
 
     def run(self, images: np.ndarray) -> np.ndarray:
         return next(self.left)[None]

@@ -534,7 +534,7 @@ def test_a_second_dash_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stdin_is_read_only_up_to_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_BYTES", 1000)
+    monkeypatch.setattr("petseg_runtime.images.MAX_BYTES", 1000)
     set_stdin(monkeypatch, b"x" * 10_000)
     (item,) = find_photos([STDIN])
     assert item.data == b"x" * 1001

@@ -91,14 +91,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Abacus(Engine):
     """An engine for two callers; a function of the number of finished runs decides what a run does."""
 
+    spec = ModelSpec(name="toy", height=16, width=32)
+
     def __init__(self, work: Callable[[int], object] = lambda count: None) -> None:
         self.work = work
         self.sizes: list[int] = []
         self.callers: set[threading.Thread] = set()
-
-    @property
-    def spec(self) -> ModelSpec:
-        return ModelSpec(name="toy", height=16, width=32)
 
     def run(self, images: Any) -> Any:
         self.sizes.append(len(images))

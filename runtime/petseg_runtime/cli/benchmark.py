@@ -15,7 +15,7 @@ import click
 
 from petseg_runtime.cli.text import BACKEND, HELP, MINUTES, PATH, SCHEMA_VERSION, SECONDS
 from petseg_runtime.errors import EngineError
-from petseg_runtime.text import shown
+from petseg_runtime.text import aligned, shown
 
 if TYPE_CHECKING:
     from petseg_runtime.artifact import Artifact
@@ -222,7 +222,8 @@ def _text(artifact: Artifact, done: Benchmark) -> Iterable[str]:
         yield ""
         for title, header, cells in _tables(done):
             yield title
-            yield from _table(("engine", "computes", *header), [(*_title(row), *cells(row)) for row in done.rows])
+            heads = ("engine", "computes", *header)
+            yield from aligned([heads, *((*_title(row), *cells(row)) for row in done.rows)], words=2)
             yield ""
     for check in done.failed:
         yield f"not measured: {check.engine} on {check.device}: {check.why}"
@@ -246,19 +247,16 @@ def _sustained_text(artifact: Artifact, done: Sustained) -> Iterable[str]:
     yield from _head(artifact, done.batch, done.host, info.threads, done.gpus)
     yield f"{info.name} {info.version} on {info.device}, {info.precision}, {info.streams} callers without pause"
     yield ""
-    yield from _table(
-        ("seconds", "photos/s", "relative to first", ""),
-        [
-            (
-                f"{interval.start:.0f} to {interval.end:.0f}",
-                f"{interval.photos_per_second:.1f}",
-                f"{100 * interval.photos_per_second / first:.0f} %" if first else "-",
-                interval.state,
-            )
-            for interval in done.intervals
-        ],
-        words=1,
-    )
+    rows = [
+        (
+            f"{interval.start:.0f} to {interval.end:.0f}",
+            f"{interval.photos_per_second:.1f}",
+            f"{100 * interval.photos_per_second / first:.0f} %" if first else "-",
+            interval.state,
+        )
+        for interval in done.intervals
+    ]
+    yield from aligned([("seconds", "photos/s", "relative to first", ""), *rows], words=1)
     yield ""
     yield done.verdict
 
@@ -298,13 +296,3 @@ def _start(row: Row) -> Iterable[str]:
 
 def _stages(row: Row) -> Iterable[str]:
     return (f"{value:.2f}" for value in row.summary()["stages_p50_ms"].values())
-
-
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]], words: int = 2) -> Iterable[str]:
-    """Aligns columns: the first ``words`` columns to the left, the others (numbers) to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    for line in (header, *lines):
-        cells = zip(line, widths, range(len(widths)), strict=True)
-        yield "  ".join(
-            cell.ljust(width) if index < words else cell.rjust(width) for cell, width, index in cells
-        ).rstrip()

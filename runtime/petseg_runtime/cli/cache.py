@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from petseg_runtime.cli.text import HELP, SCHEMA_VERSION
-from petseg_runtime.text import shown
+from petseg_runtime.text import aligned, counted, shown
 
 if TYPE_CHECKING:
     from petseg_runtime.cache import Entry
@@ -34,11 +34,12 @@ def cache(clear: bool, as_json: bool) -> int:
     if clear:
         count, size = kept.clear()
         record |= {"removed": count, "bytes": size}
-        lines = [f"{count} {'file' if count == 1 else 'files'} removed, {_size(size)}"]
+        lines = [f"{counted(count, 'file')} removed, {_size(size)}"]
     else:
         found = kept.entries()
         record |= {"bytes": sum(entry.size for entry in found), "entries": [_record(entry) for entry in found]}
-        lines = _lines([("model", "compiled for", "device", "size", "age", ""), *map(_row, found)]) if found else []
+        rows = [("model", "compiled for", "device", "size", "age", ""), *map(_row, found)] if found else []
+        lines = list(aligned(rows, words=6))
         lines.append(f"{len(found)} {'entry' if len(found) == 1 else 'entries'}, {_size(record['bytes'])}")
     if as_json:
         click.echo(json.dumps(record, indent=2))
@@ -62,11 +63,6 @@ def _row(entry: Entry) -> tuple[str, ...]:
         name, engine, device = key.name, f"{key.engine} {key.version.partition('-')[0]}{what}", key.device
     problem = f"will be compiled again: {entry.problem}" if entry.problem else ""
     return tuple(map(shown, (name, engine, device, _size(entry.size), _age(entry.created), problem)))
-
-
-def _lines(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _size(size: int) -> str:

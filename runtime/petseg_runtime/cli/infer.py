@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import itertools
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ from petseg_runtime.cli.text import (
     watched,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
-from petseg_runtime.text import shown
+from petseg_runtime.text import counted, shown
 
 if TYPE_CHECKING:
     from petseg_runtime.batch import Done, Report
@@ -90,6 +89,20 @@ class _Options:
         return self.kind or ("background" if self.background else "cutout")
 
     @property
+    def photo_format(self) -> str | None:
+        """The format of photos, with the default if none was given; None: photos have no picture each."""
+        from petseg_runtime.sinks import KINDS
+
+        return self.format or next(iter(KINDS[self.result].formats), None)
+
+    @property
+    def video_format(self) -> str:
+        """The format of videos, with the default if none was given."""
+        from petseg_runtime.sinks import VIDEO_FORMATS
+
+        return self.format or VIDEO_FORMATS[self.result][0]
+
+    @property
     def coco(self) -> bool:
         """Whether the results of all photos go into one file."""
         return self.result.startswith("coco")
@@ -101,35 +114,6 @@ class _Options:
 
         to_stdout = self.output == Path("-") or (self.sources == ("-",) and self.output is None)
         return None if to_stdout else self.output or Path(RESULTS) / self.result
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Looks:
-    """The options that determine how a result looks, parsed and checked.
-
-    Attributes:
-        kind: A name in ``KINDS`` or ``VIDEO_FORMATS``.
-        format: The value of ``--format``; None: the default of the kind.
-        background: For the kind ``background``.
-    """
-
-    kind: str
-    format: str | None
-    background: Background | None
-
-    @property
-    def photo_format(self) -> str | None:
-        """The format of photos, with the default if none was given; None: photos have no picture each."""
-        from petseg_runtime.sinks import KINDS
-
-        return self.format or next(iter(KINDS[self.kind].formats), None)
-
-    @property
-    def video_format(self) -> str:
-        """The format of videos, with the default if none was given."""
-        from petseg_runtime.sinks import VIDEO_FORMATS
-
-        return self.format or VIDEO_FORMATS[self.kind][0]
 
 
 @click.command()
@@ -251,19 +235,19 @@ def infer(**values: Any) -> int:
     _check(found, options)
     _check_masks(found, options)
     background = None if options.background is None else background_of(options.background)
-    return _run(options, found, _Looks(kind=options.result, format=options.format, background=background))
+    return _run(options, found, background)
 
 
-def _run(options: _Options, found: _Found, looks: _Looks) -> int:
+def _run(options: _Options, found: _Found, background: Background | None) -> int:
     """Run the command on the sources that were found; returns the exit code."""
-    output = _video_output(found, options, looks) if found.streams else None
+    output = _video_output(found, options, background) if found.streams else None
     with contextlib.ExitStack() as stack:
         segmenter = stack.enter_context(_segmenter(len(found.photos), options))
         _print_engine(segmenter, options)
         videos = _videos(segmenter, output, options) if output else None
         # This creates the folder, so only call it when there is something to write.
-        sink = _sink(found, options, looks) if found.photos else None
-        journal = _journal(segmenter, found, options, looks)
+        sink = _sink(found, options, background) if found.photos else None
+        journal = _journal(segmenter, found, options, background)
         if journal:
             stack.enter_context(journal)
         report = _segment(segmenter, found.photos, sink, journal, options) if sink else None
@@ -290,6 +274,7 @@ def _segment(
             journal=journal,
             mask_only=not kind.needs_photo,
             fast_decode=options.fast_decode,
+            only_found=options.only_found,
             spare=kind.spare,
         )
 
@@ -307,7 +292,7 @@ def _exit_code(report: Report | None, videos: Videos | None, stopped: int | None
     return EXIT_PARTIAL if done else InputError.exit_code
 
 
-def _journal(segmenter: Segmenter, found: _Found, options: _Options, looks: _Looks) -> Journal | None:
+def _journal(segmenter: Segmenter, found: _Found, options: _Options, background: Background | None) -> Journal | None:
     """Returns the journal of this run, or None where ``--resume`` and later searches need none.
 
     Raises:
@@ -321,7 +306,7 @@ def _journal(segmenter: Segmenter, found: _Found, options: _Options, looks: _Loo
     noted = options.resume or _searched(options.sources) or len(found.items) > 1 or options.coco
     if folder is None or found.live or not noted:
         return None
-    settings = _appearance(found, looks) | _settings(segmenter)
+    settings = _appearance(found, options, background) | _settings(segmenter)
     settings |= {name: getattr(options, name) or None for name in VIDEO_OPTIONS}
     settings |= {"fast_decode": options.fast_decode, "only_found": options.only_found or None}
     probe(folder)
@@ -376,7 +361,7 @@ def _find(options: _Options) -> _Found:
         InputError: There are none.
         UsageError: They cannot be combined, or do not fit the output; see :func:`_check_sources`.
     """
-    from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, find_photos, stream_origin
+    from petseg_runtime.sources import IMAGE_SUFFIXES, STDIN, VIDEO_SUFFIXES, Origin, find_photos, stream_origin
 
     input_options = _pairs(options.input_option)
     named = [stream_origin(text, input_options) for text in options.sources]
@@ -395,7 +380,8 @@ def _find(options: _Options) -> _Found:
     for note in notes:
         _print_note(note, options.quiet)
     photos, videos = _by_kind(items)
-    found = _Found(photos, videos, _distinct([*map(_origin_of, videos), *streams]))
+    files = [Origin(str(video.source), str(video.source), video.name) for video in videos]
+    found = _Found(photos, videos, _distinct([*files, *streams]))
     _check_sources(found, options)
     return found
 
@@ -427,12 +413,6 @@ def _by_kind(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     if videos and all(item.problem and item.source.suffix.lower() not in IMAGE_SUFFIXES for item in photos):
         return [], videos + photos  # no photos, only folders that cannot be listed and patterns that match nothing
     return photos, videos
-
-
-def _origin_of(video: Item) -> Origin:
-    from petseg_runtime.sources import Origin
-
-    return Origin(str(video.source), str(video.source), video.name)
 
 
 def _check_sources(found: _Found, options: _Options) -> None:
@@ -548,13 +528,12 @@ def _without_videos(found: _Found, why: str | None, quiet: bool) -> _Found:
         return found
     more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
     _print_note(f"{strays[0].source}{more}: skipped: {why}", quiet)
-    kept = [not item.found for item in found.videos]
-    kept += [True] * (len(found.streams) - len(kept))  # in `streams`, the videos come first
     videos = [item for item in found.videos if not item.found]
-    return _Found(found.photos, videos, list(itertools.compress(found.streams, kept)))
+    gone = {item.name for item in strays}  # in `streams`, too: the videos come first there, and keep their names
+    return _Found(found.photos, videos, [origin for origin in found.streams if origin.name not in gone])
 
 
-def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
+def _video_output(found: _Found, options: _Options, background: Background | None) -> Output:
     """Returns which results the videos get, and where.
 
     Raises:
@@ -565,9 +544,9 @@ def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
     from petseg_runtime.video.movie import MOVIES
 
     folder = options.folder
-    if folder is None and looks.format:
-        raise UsageError(f"standard output takes raw frames, not {looks.format}; give a folder with --output")
-    form = looks.video_format if folder else "raw"
+    if folder is None and options.format:
+        raise UsageError(f"standard output takes raw frames, not {options.format}; give a folder with --output")
+    form = options.video_format if folder else "raw"
     if options.segment and form not in (*MOVIES, "ndjson"):
         raise UsageError(f"--segment is for movies ({', '.join(MOVIES)}) and lines, not {form}")
     if options.no_audio and form not in MOVIES:
@@ -576,13 +555,13 @@ def _video_output(found: _Found, options: _Options, looks: _Looks) -> Output:
         raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
     output = Output(
         folder=folder,
-        kind=looks.kind,
+        kind=options.result,
         format=form,
-        background=looks.background,
+        background=background,
         segment=options.segment,
         audio=not options.no_audio,
     )
-    photos = {str(i.source): f"{folder / i.name}.{looks.photo_format}" for i in found.photos} if folder else {}
+    photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
     return check_places(output, found.streams, photos, resume=options.resume)
 
 
@@ -612,24 +591,17 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _sink(found: _Found, options: _Options, looks: _Looks) -> Sink:
+def _sink(found: _Found, options: _Options, background: Background | None) -> Sink:
     """Returns the sink that writes the photos' results."""
-    from petseg_runtime.sinks import OnlyFound
-
-    sink = _sink_of_all(found, options, looks)
-    return OnlyFound(sink) if options.only_found else sink
-
-
-def _sink_of_all(found: _Found, options: _Options, looks: _Looks) -> Sink:
     from petseg_runtime import sinks
     from petseg_runtime.journal import JOURNAL
 
     folder = options.folder
     # Without a journal, petseg has not written here before, so the files there are not its own.
     resume = options.resume and folder is not None and (folder / JOURNAL).exists()
-    if folder and not sinks.KINDS[looks.kind].formats:
-        return sinks.CocoSink(folder, looks.kind, found.items, resume=resume)
-    picture = sinks.picture(looks.kind, looks.format, looks.background)
+    if folder and options.coco:
+        return sinks.CocoSink(folder, options.result, found.items, resume=resume)
+    picture = sinks.picture(options.result, options.format, background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
@@ -664,14 +636,13 @@ def _segmenter(photos: int, options: _Options) -> Segmenter:
     return segmenter
 
 
-def _appearance(found: _Found, looks: _Looks) -> dict[str, Any]:
+def _appearance(found: _Found, options: _Options, background: Background | None) -> dict[str, Any]:
     """The settings that determine how results look, for the journal: defaults filled in, the background by content."""
-    background = looks.background
-    meant: dict[str, Any] = {"as": looks.kind, "background": background}
+    meant: dict[str, Any] = {"as": options.result, "background": background}
     if found.photos:
-        meant["format"] = looks.photo_format
+        meant["format"] = options.photo_format
     if found.videos:
-        meant["video_format"] = looks.video_format
+        meant["video_format"] = options.video_format
     if background is not None:
         meant["background"] = (
             list(background)
@@ -809,10 +780,9 @@ def _print_photos(report: Report, folder: Path | None, verbose: bool, quiet: boo
         failed = f", {len(report.failed)} failed" if report.failed else ""
         skipped = f", {report.skipped} already there" if report.skipped else ""
         left_out = f", {report.left_out} without a pet" if report.left_out else ""
-        photos = "photo" if total == 1 else "photos"
         where = shown(report.path or folder)
         written = f"{report.done - report.left_out} written to {where}"
-        click.echo(f"{total} {photos}: {written}{left_out}{skipped}{failed}{_took(report, verbose)}")
+        click.echo(f"{counted(total, 'photo')}: {written}{left_out}{skipped}{failed}{_took(report, verbose)}")
     if verbose:
         for step, seconds in report.steps.items():
             p50, p95 = 1e3 * seconds["p50"], 1e3 * seconds["p95"]

@@ -335,10 +335,7 @@ class Videos:
             # In another thread, because this handler interrupts the main thread, which may hold a lock just now.
             threading.Thread(target=self._stop_all, daemon=True).start()
 
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        with handled(stop, *EXITS):
+        with handled(stop, *EXITS):  # outside the main thread, this changes nothing
             try:
                 yield
             except (KeyboardInterrupt, SystemExit) as end:  # incomplete files have been removed by now

@@ -91,7 +91,7 @@ SECONDS: Final = Finite(0, min_open=True)
 MINUTES: Final = SECONDS
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     """Parses ``192`` or ``192x256`` into (height, width).
 
     Raises:
@@ -100,7 +100,7 @@ def parse_size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     # Python refuses to convert numbers of thousands of digits.
     if len(parts) not in (1, 2) or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise click.BadParameter(f"{text!r}: expected HEIGHTxWIDTH, for example 192x256", param_hint="--size")
+        raise click.BadParameter(f"{text!r}: expected HEIGHTxWIDTH, for example 192x256", param_hint=option)
     return int(parts[0]), int(parts[-1])
 
 

@@ -124,11 +124,13 @@ class EngineInfo:
 
 
 class Engine(Protocol):
-    """A loaded model. Use it as a context manager, or call ``close``. All engines derive from it."""
+    """A loaded model. Use it as a context manager, or call ``close``. All engines derive from it.
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the model."""
+    Attributes:
+        spec: The specification of the model.
+    """
+
+    spec: ModelSpec
 
     def run(self, images: U8) -> U8:
         """Segment a batch. Thread-safe.

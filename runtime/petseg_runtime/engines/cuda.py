@@ -71,7 +71,8 @@ class CudaGpu:
             args: Its arguments.
         """
         status, *values = function(*args)
-        _check(self.cudart, status, f"cuda:{self.device} cannot {what}")
+        if status != self.cudart.cudaError_t.cudaSuccess:
+            raise EngineError(f"cuda:{self.device} cannot {what} ({_error_string(self.cudart, status)})")
         return values[0] if values else None
 
     def activate(self) -> None:
@@ -132,12 +133,6 @@ class Buffers:
             cudart.cudaHostAllocDefault,
         )
         self.host: U8 = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
-
-
-def _check(cudart: Any, status: Any, what: str) -> None:
-    """Raise an ``EngineError`` if a CUDA error code is not success."""
-    if status != cudart.cudaError_t.cudaSuccess:
-        raise EngineError(f"{what} ({_error_string(cudart, status)})")
 
 
 def _error_string(cudart: Any, status: Any) -> str:

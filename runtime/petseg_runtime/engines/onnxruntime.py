@@ -8,7 +8,6 @@ for which the CUDA execution provider has no kernel still run on the CPU.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import platform
@@ -33,7 +32,6 @@ from petseg_runtime.engines.base import (
 )
 from petseg_runtime.errors import EngineError, EngineMissing, one_line
 from petseg_runtime.extras import install
-from petseg_runtime.spec import ModelSpec
 
 __all__ = ["OnnxRuntimeCudaEngine", "OnnxRuntimeEngine", "load"]
 
@@ -73,7 +71,7 @@ class OnnxRuntimeEngine(Engine):
         Raises:
             EngineError: ONNX Runtime rejects the file, or runs it with another execution provider than requested.
         """
-        self._spec = artifact.spec
+        self.spec = artifact.spec
         self._threads = options.threads or host.usable_cpus()
         self._streams = min(options.streams, self._threads)
         self._notes = options.notes
@@ -81,24 +79,19 @@ class OnnxRuntimeEngine(Engine):
         # counts as one. With as many callers as streams, `threads` threads are at work.
         self._session: Any = _session(artifact, _CPU, {}, self._threads - self._streams + 1)
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the model."""
-        return self._spec
-
     def run(self, images: U8) -> U8:
         """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
         session = self._session
         if session is None:
             raise EngineError("the engine is closed")
-        check_batch(images, self._spec)
+        check_batch(images, self.spec)
 
         def run(batch: U8) -> U8:
             (probability,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(batch)})
             return probability  # type: ignore[no-any-return]
 
         try:
-            return in_batches(run, images, self._spec.batch)
+            return in_batches(run, images, self.spec.batch)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed ({one_line(error)})") from error
 
@@ -110,10 +103,10 @@ class OnnxRuntimeEngine(Engine):
             version=onnxruntime.__version__,
             device="cpu",
             provider=_CPU,
-            precision=computed[self._spec.precision],
+            precision=computed[self.spec.precision],
             threads=self._threads,
             streams=self._streams,
-            batch=self._spec.batch or 1,
+            batch=self.spec.batch or 1,
             notes=self._notes,
         )
 
@@ -140,7 +133,7 @@ class OnnxRuntimeCudaEngine(Engine):
             EngineMissing: This ONNX Runtime was built without CUDA.
             EngineError: There is no such GPU, or ONNX Runtime would run the model on another device.
         """
-        self._spec, self._device, self._notes = artifact.spec, options.device, options.notes
+        self.spec, self._device, self._notes = artifact.spec, options.device, options.notes
         self._tf32 = not options.exact
         self._lock = threading.Lock()
         self._session: Any = _cuda_session(artifact, options.device, tf32=self._tf32)
@@ -151,19 +144,14 @@ class OnnxRuntimeCudaEngine(Engine):
             self.close()
             raise
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the model."""
-        return self._spec
-
     def run(self, images: U8) -> U8:
         """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
-        check_batch(images, self._spec)
+        check_batch(images, self.spec)
         with self._lock:
             if self._session is None:
                 raise EngineError("the engine is closed")
             try:
-                return in_batches(self._bound.run, images, self._spec.batch)
+                return in_batches(self._bound.run, images, self.spec.batch)
             except Exception as error:
                 raise EngineError(f"ONNX Runtime on {self._device} failed ({one_line(error)})") from error
 
@@ -174,15 +162,15 @@ class OnnxRuntimeCudaEngine(Engine):
         wide = "tf32" if self._tf32 and ampere else "f32"
         computed = {"fp32": wide, "fp16": "fp16", "int8": "int8"}
         # float32 layers, and convolutions between QuantizeLinear and DequantizeLinear.
-        rest = "" if self._spec.precision == "fp32" else f", {wide} for the graph's float32 operations"
+        rest = "" if self.spec.precision == "fp32" else f", {wide} for the graph's float32 operations"
         return EngineInfo(
             name="onnxruntime",
             version=onnxruntime.__version__,
             device=str(self._device),
             provider=f"{_CUDA}, {gpu.name if gpu else 'unknown GPU'}{rest}",
-            precision=computed[self._spec.precision],
+            precision=computed[self.spec.precision],
             threads=0,
-            batch=self._spec.batch or 8,
+            batch=self.spec.batch or 8,
             notes=self._notes,
             float32=wide,
         )
@@ -273,7 +261,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             other; the message says what may be wrong.
     """
     if _CUDA not in onnxruntime.get_available_providers():
-        both = [name for name in _PACKAGES if _installed(name)]
+        both = list(host.versions(_PACKAGES))
         # Neither: a package of another name, such as those of conda and of board vendors.
         away = f"pip uninstall {' '.join(both)}" if both else "uninstall it"
         remedy = f"{away}, then {install('gpu')}"
@@ -307,14 +295,6 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             why = f"GPUs of this machine: {shown}; {remedy}"
         heard = f"; {one_line(printed.getvalue())}" if printed.getvalue() else ""
         raise EngineError(f"{device} is not available: {error} ({why}{heard})") from error
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def load(artifact: Artifact, options: EngineOptions) -> Engine:

@@ -79,7 +79,7 @@ class OpenVINOEngine(Engine):
             ModelError: The file has changed since it was opened.
             UsageError: The model does not accept ``size``.
         """
-        self._spec, self._device = artifact.spec, options.device
+        self.spec, self._device = artifact.spec, options.device
         height, width = options.size or (artifact.spec.height, artifact.spec.width)
         cpu = options.device.kind == "cpu"
         self._threads = (options.threads or host.usable_cpus()) if cpu else 0
@@ -92,7 +92,7 @@ class OpenVINOEngine(Engine):
                 wide = not options.exact and _too_wide(artifact, where)
                 self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
-                self.run(np.zeros((max(1, self._spec.batch), height, width, 3), np.uint8))
+                self.run(np.zeros((max(1, self.spec.batch), height, width, 3), np.uint8))
             except (ModelError, UsageError):
                 raise
             except Exception as error:
@@ -120,17 +120,12 @@ class OpenVINOEngine(Engine):
             settings[properties.hint.inference_precision()] = openvino.Type.f32
         return settings
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the model."""
-        return self._spec
-
     def run(self, images: U8) -> U8:
         """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
         if self._compiled is None:
             raise EngineError("the engine is closed")
-        check_batch(images, self._spec)
-        return in_batches(self._run, images, self._spec.batch)
+        check_batch(images, self.spec)
+        return in_batches(self._run, images, self.spec.batch)
 
     def _run(self, images: U8) -> U8:
         try:
@@ -155,7 +150,7 @@ class OpenVINOEngine(Engine):
             precision=self._precision,
             threads=self._threads,
             streams=self._streams,
-            batch=self._spec.batch or 1,
+            batch=self.spec.batch or 1,
             notes=self._notes,
             float32=self._float32,
         )

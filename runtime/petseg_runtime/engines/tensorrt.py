@@ -90,7 +90,7 @@ class TensorRTEngine(Engine):
             ModelError: The file cannot be read, breaks the contract, or was not built for the specification's size.
             UsageError: The engine was not built for ``size``.
         """
-        self._path, self._spec, self._precision, self._notes = path, spec, precision, notes
+        self._path, self.spec, self._precision, self._notes = path, spec, precision, notes
         self._size = size or (spec.height, spec.width)
         self._library = _library_of(path, environment)
         self._trt = imported(self._library.module, self._library)
@@ -119,17 +119,12 @@ class TensorRTEngine(Engine):
             self._release()
             raise
 
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the model."""
-        return self._spec
-
     def run(self, images: U8) -> U8:
         """Segment a batch; see :class:`petseg_runtime.engines.base.Engine`."""
         with self._lock:
             if self._context is None:
                 raise EngineError("the engine is closed")
-            check_batch(images, self._spec)
+            check_batch(images, self.spec)
             self._check_size(images.shape[1], images.shape[2])
             self._gpu.activate()
             result = np.empty(images.shape[:3], np.uint8)
@@ -195,7 +190,7 @@ class TensorRTEngine(Engine):
         try:
             self._check_size(*self._size)
         except UsageError as error:
-            if self._size == (self._spec.height, self._spec.width):  # the engine contradicts its own specification
+            if self._size == (self.spec.height, self.spec.width):  # the engine contradicts its own specification
                 raise ModelError(str(error)) from error
             raise
         if self._library is RTX:
@@ -216,7 +211,7 @@ class TensorRTEngine(Engine):
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         if cache.cache_folder() is not None:
             kernels = self._call("create a runtime cache", config.create_runtime_cache)
-            key = _key(self._library, self._trt, self._gpu, hashlib.sha256(data).hexdigest(), self._spec.name)
+            key = _key(self._library, self._trt, self._gpu, hashlib.sha256(data).hexdigest(), self.spec.name)
             self._kernels.load_into(kernels, cache.Slot(key, "kernels"))
             self._call("set the runtime cache", config.set_runtime_cache, kernels)
 

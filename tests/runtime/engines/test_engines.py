@@ -1239,18 +1239,8 @@ def test_a_package_without_cuda_gives_a_remedy(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch, installed: set[str], said: str, missing: bool
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-
-    real = importlib.metadata.distribution
-
-    def distribution(name: str) -> object:
-        if name == "petseg":
-            return real(name)
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return object()
-
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(host, "versions", lambda names: {name: "1" for name in names if name in installed})
     with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     assert isinstance(caught.value, EngineMissing) is missing, "a package conflict is noted"
