@@ -2,15 +2,17 @@
 PYTHON ?= python3
 DEMO   := .venv-demo
 DEV    := .venv
+OLDEST := .venv-oldest
 GPU    := .venv-gpu
 OUT    := demo-output
 
-.PHONY: help demo test check pytest format bench gpu-check gpu-there clean
+.PHONY: help demo test test-oldest check pytest format bench gpu-check gpu-there clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install the light runtime into $(DEMO) and cut pets out of the sample photos"
 	@echo "make test    install everything the tests need into $(DEV), then run make check and the tests"
+	@echo "make test-oldest  run the tests with the oldest packages that pyproject.toml allows, in $(OLDEST)"
 	@echo "make check   check formatting, lint, types and import contracts"
 	@echo "make format  let ruff format the code and fix what it can"
 	@echo "make bench   run most benchmarks (half an hour or less; needs DATA=data), then update the tables in the pages;"
@@ -36,6 +38,10 @@ check: $(DEV)/.installed
 JOBS ?= auto
 pytest: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
+
+# The tests only: types are checked against the newest packages, by make check.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 format: $(DEV)/.installed
 	$(DEV)/bin/ruff format .
@@ -66,7 +72,8 @@ gpu-there:
 	@PYTHONPATH=runtime $(PYTHON) -c 'import sys; from petseg_runtime.host import nvidia_gpus; sys.exit(nvidia_gpus() == 0 and "this machine shows no NVIDIA GPU: nothing was installed or checked")'
 
 clean:
-	rm -rf $(DEMO) $(DEV) $(GPU) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(DEMO) $(DEV) $(OLDEST) $(GPU) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \
+	    dist build
 
 # An environment is made again when pyproject.toml changes. The stamp is written last, so a failed install is repeated.
 $(DEMO)/.installed: pyproject.toml
@@ -78,6 +85,13 @@ $(DEV)/.installed: pyproject.toml
 	$(call make_venv,$(DEV))
 	$(DEV)/bin/python -m pip install --quiet --no-compile --editable ".[dev]"
 	$(call compile,$(DEV))
+	@touch $@
+
+# uv takes the lowest version of every package that pyproject.toml names, and the newest of those that they need.
+$(OLDEST)/.installed: pyproject.toml
+	$(call make_venv,$(OLDEST))
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable ".[dev]"
 	@touch $@
 
 $(GPU)/.installed: pyproject.toml | gpu-there

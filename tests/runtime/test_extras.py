@@ -20,7 +20,7 @@ METADATA = [
     "onnxruntime>=1.20; extra == 'cpu'",
     "pytest>=8.3; extra == 'dev'",
     "onnxruntime-gpu[cuda,cudnn]>=1.21; extra == 'gpu'",
-    'cuda-bindings>=12.6; extra == "trt"',
+    'cuda-bindings>=12.8; extra == "trt"',
     "tensorrt>=10.9; extra == 'trt'",
 ]
 
@@ -30,7 +30,7 @@ METADATA = [
     [
         ("cpu", "pip install 'onnxruntime>=1.20'"),
         ("gpu", "pip install 'onnxruntime-gpu[cuda,cudnn]>=1.21'"),
-        ("trt", "pip install 'cuda-bindings>=12.6' 'tensorrt>=10.9'"),
+        ("trt", "pip install 'cuda-bindings>=12.8' 'tensorrt>=10.9'"),
     ],
 )
 def test_a_remedy_names_the_extras_packages(monkeypatch: pytest.MonkeyPatch, extra: str, command: str) -> None:
