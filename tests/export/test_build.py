@@ -405,6 +405,14 @@ def test_an_export_never_overwrites_its_checkpoint(
     assert content(checkpoint_copy.parent) == before
 
 
+def test_an_export_never_overwrites_the_given_onnx_file(exported: Any, checkpoint_copy: Path) -> None:
+    given = Path(shutil.copy(exported.file, checkpoint_copy.with_name("x.bin")))
+    before = content(given.parent)
+    with pytest.raises(OutputError, match=r"x\.bin: the export would overwrite its source"):
+        export(checkpoint_copy, OpenVINOConfig(onnx=given, output=given.with_suffix(".xml")))
+    assert content(given.parent) == before
+
+
 def test_an_exported_file_given_as_checkpoint_is_named_as_such(exported: Any, tmp_path: Path) -> None:
     path = Path(shutil.copy(exported.file, tmp_path / "mine.onnx"))
     with pytest.raises(CheckpointError, match=r"mine\.onnx: .*give the \.safetensors file that it was made from"):

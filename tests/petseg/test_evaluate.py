@@ -229,9 +229,10 @@ def test_a_measurement_that_is_ended_leaves_no_reader(pairs: list[Pair]) -> None
     def end(done: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(red, pairs, H, W, batch=1, watch=end)
-    assert {*threading.enumerate()} <= before
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluate(red, 40 * pairs, H, W, batch=1, watch=end)
+    assert {*threading.enumerate()} <= before, "not even while the error, with its frames, is still there"
+    del caught
 
 
 def test_a_photo_that_cannot_be_read_is_named(pairs: list[Pair], tmp_path: Path) -> None:
@@ -359,6 +360,7 @@ def test_what_was_trained_on_is_known_though_the_listing_is_another_now(folder_c
         assert trained_on({"data": data}, folder_copy, pairs) == parts[Split.TRAIN]
         assert trained_on({"data": data}, folder_copy, parts[Split.VAL]) == []
     assert trained_on({"data": {**data, "val_names": ["own_01"]}}, folder_copy, pairs) == [], "it is of other photos"
+    assert trained_on({"data": {"val_names": data["val_names"]}}, folder_copy, pairs) == [], "it may be of others"
 
 
 def test_photos_of_the_training_are_known_though_the_folder_holds_others_too(folder_copy: Path) -> None:

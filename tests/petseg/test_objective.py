@@ -125,6 +125,16 @@ def test_a_teacher_of_another_shape_teaches(teacher: AttentionUNetConfig) -> Non
     ]
 
 
+def test_making_the_objective_leaves_the_network_as_it_is() -> None:
+    """Its blocks are measured on a black photo, which must not get into BatchNorm's statistics."""
+    config = tiny("loss.features=1")
+    network = AttentionUNet(config.model)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    Distillation(config, Ranks(), network, AttentionUNet(config.model), CPU)
+    assert same_tensors(before, network.state_dict())
+    assert all(module.training for module in network.modules())
+
+
 def test_a_teachers_block_is_brought_to_the_size_of_the_networks() -> None:
     objective, (image, labels) = distillation("loss.features=1"), a_batch()
     network = AttentionUNet(tiny().model).eval()

@@ -14,7 +14,7 @@ from petseg.run_state import BEST, LAST
 from petseg.teacher import open_teacher
 from petseg.train import Trainer
 from petseg_export import OnnxConfig, export
-from petseg_runtime.errors import CheckpointError
+from petseg_runtime.errors import CheckpointError, EngineError
 from tiny_runs import CPU, PER_EPOCH, Recorder, Run, tiny
 
 
@@ -80,3 +80,9 @@ def test_an_exported_teacher_needs_no_engine_for_the_device_of_the_run(
             assert teacher is not None
             said.append(teacher(photo))
     assert np.array_equal(*said)
+
+
+def test_a_checkpoint_as_teacher_runs_on_the_device_of_the_run_only(whole: Run) -> None:
+    """Minutes on a GPU would be hours on a CPU."""
+    with pytest.raises(EngineError, match="cuda:7"), open_teacher(whole.folder / BEST, 32, 32, torch.device("cuda:7")):
+        pass

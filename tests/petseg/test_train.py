@@ -30,6 +30,7 @@ from petseg.data import Split, find
 from petseg.distributed import Ranks
 from petseg.evaluate import Evaluation, evaluate
 from petseg.log import LOG, Row
+from petseg.metrics import Border, best_threshold
 from petseg.model import normalize
 from petseg.reference import torch_run
 from petseg.run_state import BEST, LAST
@@ -82,6 +83,7 @@ def test_the_network_learns(whole: Run) -> None:
     assert whole.observer.rates == [
         learning_rate(whole.trainer.config.schedule, 1e-2, step, PER_EPOCH, EPOCHS) for step in range(15)
     ]
+    assert {group["lr"] for group in whole.trainer.optimizer.param_groups} == {whole.observer.rates[-1]}
     assert whole.observer.begun == [(PER_EPOCH, 4)]
 
 
@@ -94,6 +96,8 @@ def test_the_best_checkpoint_is_the_model_of_the_best_epoch(whole: Run, oxford_r
     assert best.meta["validation"] == row.as_dict()
     result = evaluate(torch_run(model), whole.trainer.photos.val, 32, 32)
     assert result.counts(row.val_threshold).iou == row.val_iou
+    assert best.meta["spec"]["threshold"] == row.val_threshold == best_threshold(result.total)
+    assert best.meta["spec"]["cutout_threshold"] == best_threshold(result.total, Border.PET)
     assert (best.meta["spec"]["height"], best.meta["spec"]["width"]) == (32, 32)
     assert best.meta["spec"]["certain_share"] is None, "the built-in model's rule of pets is not this one's"
     assert best.meta["config"] == to_dict(whole.trainer.config)
@@ -109,9 +113,13 @@ def test_the_threshold_of_the_checkpoint_is_the_one_that_was_measured(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte: int
 ) -> None:
     monkeypatch.setattr("petseg.train.best_threshold", lambda *a: byte / 255)
-    Trainer(tiny("epochs=1", "model.width=2"), oxford_root, tmp_path, device=CPU).fit()
+    trainer = Trainer(tiny("epochs=1", "model.width=2"), oxford_root, tmp_path, device=CPU)
+    trainer.fit()
     spec = load(tmp_path / BEST).meta["spec"]
     assert lowest_pet(spec["threshold"]) == lowest_pet(spec["cutout_threshold"]) == byte
+    result = evaluate(torch_run(load_model(tmp_path / BEST)[0]), trainer.photos.val, 32, 32)
+    at_a_half = result.image_ious(0.5, Border.IGNORED).mean()
+    assert trainer.best.val_mean_iou_border_ignored == at_a_half, "comparable between epochs, whatever the threshold"
 
 
 def test_the_log_has_a_line_for_each_epoch(whole: Run) -> None:
@@ -689,6 +697,34 @@ def test_bf16_trains_with_weights_in_float32(oxford_root: Path, tmp_path: Path) 
     best = load(tmp_path / BEST)
     assert best.meta["precision"] == "bfloat16"
     assert {t.dtype for t in best.tensors.values()} == {torch.float32, torch.int64}
+
+
+def test_a_gradient_is_measured_and_clipped_at_its_true_size(oxford_root: Path, tmp_path: Path) -> None:
+    """fp16 is for GPUs, but the GradScaler also works on a CPU."""
+    norms = []
+    for scaled in (False, True):
+        trainer = Trainer(tiny("model.width=2"), oxford_root, tmp_path, device=CPU)
+        trainer.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        norms.append(trainer._step(*next(iter(trainer.loader))[:2], 1e-3).read()[1])
+        trainer.unlock()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_a_run_in_fp16_continues_with_its_scale(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which is slow in fp16 but computes it."""
+    monkeypatch.setattr("petseg.train.pick_precision", lambda amp, device: torch.float16)
+    config = tiny("amp=fp16", "epochs=1", "model.width=2")
+
+    def stop() -> None:
+        trainer.scaler.update(512.0)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer = Trainer(config, oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(3, stop)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert Trainer(config, oxford_root, tmp_path, device=CPU, resume=True).scaler.get_scale() == 512
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,80 @@ def test_flips_have_the_given_probability(folder_root: Path) -> None:
     assert flips[0] == 0
     assert 0.3 < flips[1] < 0.7
     assert flips[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "lowest", "highest"),
+    [
+        ({"translate": 0.1}, -6, 6),  # pixels of 64
+        ({"rotate": 30.0}, -30, 30),  # degrees
+        ({"scale_min": 0.5, "scale_max": 1.5}, 0.5, 1.5),
+    ],
+    ids=str,
+)
+def test_each_movement_covers_its_range_in_all_directions(
+    folder_copy: Path, settings: dict[str, float], lowest: float, highest: float
+) -> None:
+    """A square, on the right of the centre: its shift, its angle around the centre, or its size."""
+    pair, mask = find(folder_copy, Split.TRAIN)[0], np.zeros((64, 64), np.uint8)
+    mask[26:38, 38:50] = 255
+    Image.fromarray(mask).save(pair.mask)
+    data = TrainSet([pair], 64, 64, dataclasses.replace(STILL, **settings), 0)
+    found: list[tuple[float, ...]] = []
+    for draw in range(60):
+        y, x = np.nonzero(data[draw][1].numpy() == PET)
+        down, right = y.mean() - 31.5, x.mean() - 31.5
+        if "translate" in settings:
+            found.append((down, right - 12))
+        elif "rotate" in settings:
+            found.append((math.degrees(math.atan2(down, right)),))
+        else:
+            found.append((math.sqrt(len(y)) / 12,))
+    margin = (highest - lowest) / 5
+    for values in zip(*found, strict=True):
+        assert lowest - margin / 10 <= min(values) < lowest + margin
+        assert highest - margin < max(values) <= highest + margin / 10
+
+
+GREY = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.mark.parametrize(
+    ("setting", "towards"),
+    [
+        ("brightness", np.zeros_like),
+        ("contrast", lambda photo: np.full_like(photo, (photo @ GREY).mean())),
+        ("saturation", lambda photo: np.repeat((photo @ GREY)[..., None], 3, axis=2)),
+    ],
+)
+def test_each_colour_setting_changes_that_alone(folder_copy: Path, setting: str, towards: Any) -> None:
+    """It moves all values by one factor away from, or towards: black; the mean grey; each pixel's own grey."""
+    pair, photo = find(folder_copy, Split.TRAIN)[0], np.full((64, 64, 3), 60, np.uint8)
+    photo[:, :32] = (140, 110, 60)
+    Image.fromarray(photo).save(pair.image)
+    data = TrainSet([pair], 64, 64, dataclasses.replace(STILL, **{setting: 0.4}), 0)
+    own = photo.astype(float)
+    away, factors = own - towards(own), []
+    for draw in range(40):
+        moved = data[draw][0].numpy() - (own - away)
+        far = np.abs(away) > 30
+        factors.append(np.median(moved[far] / away[far]))
+        assert np.abs(moved - factors[-1] * away).max() < 2.5
+    assert 0.58 < min(factors) < 0.75
+    assert 1.25 < max(factors) < 1.42
+
+
+def test_hue_changes_colours_and_no_grey(folder_copy: Path) -> None:
+    pair, photo = find(folder_copy, Split.TRAIN)[0], np.full((64, 64, 3), 60, np.uint8)
+    photo[:, :32] = (140, 110, 60)
+    Image.fromarray(photo).save(pair.image)
+    data = TrainSet([pair], 64, 64, dataclasses.replace(STILL, hue=0.2), 0)
+    for draw in range(10):
+        shown = data[draw][0].numpy().astype(int)
+        assert (shown[:, 32:] == 60).all()
+        assert abs(shown[0, 0].max() - 140) <= 2
+        assert abs(shown[0, 0].min() - 60) <= 2
+    assert len({tuple(data[draw][0][0, 0].tolist()) for draw in range(10)}) > 5
 
 
 def test_a_mask_is_never_interpolated_or_colour_jittered(oxford_root: Path) -> None:

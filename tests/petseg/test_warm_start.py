@@ -18,7 +18,7 @@ from petseg.record import record
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, TrainingError
-from tiny_runs import CPU, Recorder, Run, at, same_tensors, tiny
+from tiny_runs import CPU, EPOCHS, PER_EPOCH, Recorder, Run, at, same_tensors, tiny
 
 
 def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
@@ -28,6 +28,9 @@ def test_init_starts_from_the_weights_of_a_checkpoint(oxford_root: Path, tmp_pat
     assert trainer.state.step == 0
     trainer.fit()
     assert trained.losses[0] < whole.observer.losses[0]
+    for name, count in trainer.model.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # a checkpoint is loaded in evaluation mode
+            assert count == whole.best.tensors[name] + EPOCHS * PER_EPOCH
 
 
 def test_the_weights_that_a_run_began_with_are_on_record_also_once_it_is_resumed(

@@ -21,6 +21,7 @@ from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines import onnxruntime, registry
 from petseg_runtime.engines.base import EngineOptions
 from petseg_runtime.errors import EngineError, InputError, ModelError, UnreadableImage, UnsupportedImage, UsageError
+from petseg_runtime.memory_budget import MemoryBudget, Reservation
 from petseg_runtime.parity import Proof
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import Prepared
@@ -81,7 +82,8 @@ def test_a_number_selects_the_same_camera_as_its_text(
 ) -> None:
     opened = []
 
-    def open_frames(origin: Origin, reading: Any, **options: Any) -> list[Any]:
+    def open_frames(origin: Origin, reading: Any, *, threads: int | None, tell: Any) -> list[Any]:
+        assert threads == segmenter.threads == 1, "FFmpeg would take all cores"
         opened.append(origin)
         return []
 
@@ -531,6 +533,24 @@ def test_a_map_consumes_a_generator_lazily(red: Path, streams: int) -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("petseg")]
 
 
+def test_a_map_reserves_the_memory_of_its_photos(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a few large photos that are read at once could exhaust the memory."""
+    reserve, reserved = MemoryBudget.reserve, []
+
+    def told(budget: MemoryBudget, reservation: Reservation, size: int) -> None:
+        reserved.append(size)
+        reserve(budget, reservation, size)
+
+    monkeypatch.setattr(MemoryBudget, "reserve", told)
+    photos, needed = [encoded(noise(0, 20 * number, 30)) for number in (1, 2, 3)], []
+    for photo in photos:
+        with images.open_photo(photo) as opened:
+            needed.append(opened.memory)
+    assert all(isinstance(result, Segmentation) for result in segmenter.map(photos))
+    assert sorted(reserved) == needed
+    assert needed[2] > needed[1] > needed[0] > 0
+
+
 def test_an_error_of_the_engine_ends_a_map(red: Path) -> None:
     segmenter = Segmenter(red, threads=1)
     segmenter.close()
@@ -699,12 +719,20 @@ def free(toy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("size", [(48, 80), (16, 16), (160, 16)])
 def test_a_dynamic_size_model_gets_photos_at_the_requested_size(
-    free: Path, pixels: np.ndarray, size: tuple[int, int]
+    free: Path, pixels: np.ndarray, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    sizes = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        sizes.append(options["size"])
+        return registry.load_engine(*args, **options)
+
+    monkeypatch.setattr("petseg_runtime.segmenter.load_engine", load)
     with Segmenter(free, threads=1, size=size, keep_doubtful=True) as segmenter:
         result = segmenter(pixels)
         exact = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         np.testing.assert_array_equal(segmenter(exact).probability, exact[..., 0])  # not resampled
+    assert sizes == [size], "at which an engine compiles, or runs once, while it is loaded"
     expected = images.from_model(images.to_model(pixels, *size)[..., 0], *pixels.shape[:2])
     np.testing.assert_array_equal(result.probability, expected)
 

@@ -134,6 +134,7 @@ def test_each_device_of_an_engine_has_a_separate_result(proven: Artifact, monkey
             "rows": [{"engine": "onnxruntime 1.20 (cpu, CPUExecutionProvider)"}]
         },  # written before rows named their engine
         {"rows": 7},
+        {"rows": [{"backend": name, "device": "cpu"} for name in ("onnxruntime", "abacus")]},  # repeated in part
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -145,8 +146,9 @@ def test_results_invalid_here_or_malformed_are_replaced(
     path = sidecar_of(proven.path)
     sound = json.loads(path.read_text(encoding="utf-8"))
     sound["rows"][0]["backend"] = "abacus"
+    older = {**sound, "rows": [{**sound["rows"][0], "backend": "slide rule"}]}
     odd = {**sound, **change}
-    for there, kept in ((odd, []), ({**sound, "others": [odd, 7]}, ["abacus"])):
+    for there, kept in ((odd, []), ({**sound, "others": [odd, 7, older]}, ["abacus", "slide rule"])):
         path.write_text(json.dumps(there))
         assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0
         others = json.loads(path.read_text(encoding="utf-8"))["others"]
@@ -262,6 +264,9 @@ def test_a_verification_by_another_version_is_shown_for_the_network_only(
         assert (one["road"], one["passed"]) == ({"summary": said}, True)
         assert one["summary"].startswith("smoke, 4 photos: passed, f32 in onnxruntime")
         assert "road" not in one["summary"]
+    path.write_text(json.dumps({**older, "rows": [*result["rows"], {**result["rows"][0], "passed": False}]}))
+    assert run(["info", str(proven.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"]["passed"] is False, "one engine's failure is enough"
 
 
 def test_a_result_without_the_road_is_shown_for_the_network_only(

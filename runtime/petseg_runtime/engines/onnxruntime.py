@@ -139,7 +139,7 @@ class OnnxRuntimeCudaEngine(Engine):
         self._session: Any = _cuda_session(artifact, options.device, tf32=self._tf32)
         self._bound = _Bound(self._session, options.device)
         try:
-            self.warm_up(max(1, artifact.spec.batch), options.size)
+            self.warm_up(size=options.size)
         except BaseException:
             self.close()
             raise

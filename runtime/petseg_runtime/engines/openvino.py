@@ -92,7 +92,7 @@ class OpenVINOEngine(Engine):
                 wide = not options.exact and _too_wide(artifact, where)
                 self._compiled, note = _compiled(artifact, where, self._settings(options, exact=options.exact or wide))
                 computed = self._compiled.get_property(properties.hint.inference_precision()).get_type_name()
-                self.run(np.zeros((max(1, self.spec.batch), height, width, 3), np.uint8))
+                self.run(np.zeros((1, height, width, 3), np.uint8))
             except (ModelError, UsageError):
                 raise
             except Exception as error:

@@ -37,6 +37,17 @@ def test_a_verification_never_overwrites_the_model(
     assert (tmp_path / kept).read_bytes() == before
 
 
+@pytest.mark.parametrize("kept", ["toy.xml", "toy.bin", "toy.xml.json", "toy.xml.parity.npz"])
+def test_a_verification_never_overwrites_a_part_of_a_compiled_model(
+    toy_ir: Artifact, prove: Callable[..., Proof], kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof_of(toy_ir.path).write_bytes(prove(toy_ir.spec).to_bytes())
+    before = toy_ir.path.with_name(kept).read_bytes()
+    assert run(["verify", str(toy_ir.path), "--output", str(toy_ir.path.with_name(kept))]) == 6
+    assert f"{kept}: is part of the model and must not be overwritten" in capsys.readouterr().err
+    assert toy_ir.path.with_name(kept).read_bytes() == before
+
+
 @pytest.mark.parametrize("place", ["/proc/nowhere.json", "."])
 def test_an_unwritable_result_is_still_reported(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--output", place]) == 6

@@ -488,6 +488,13 @@ def test_a_missing_engine_says_what_to_install(artifact: Artifact, monkeypatch: 
         load_engine(artifact, name)
 
 
+def test_on_a_gpu_the_package_for_cuda_is_named(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg_runtime.host.nvidia_gpus", lambda: 1)
+    uninstall("onnxruntime", monkeypatch)
+    with pytest.raises(EngineMissing, match=f"^onnxruntime is not installed: {re.escape(install('gpu'))}$"):
+        load_engine(artifact, "onnxruntime", device="cuda")
+
+
 def test_without_any_engine_all_suitable_ones_are_named(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
     for name in ENGINES:
@@ -802,7 +809,20 @@ def test_auto_chooses_the_first_working_line_on_any_machine(make_machine: MakeMa
 
 @pytest.mark.parametrize(
     "device",
-    ["gpu", "cuda:", "cuda:-1", "cuda:x", "cuda:1.5", "cuda:²", "cuda:" + "9" * 5000, "cpu:0", "CPU", "", "auto:1"],
+    [
+        "gpu",
+        "cuda:",
+        "cuda:-1",
+        "cuda:x",
+        "cuda:1.5",
+        "cuda:²",
+        "cuda:٣",
+        "cuda:" + "9" * 5000,
+        "cpu:0",
+        "CPU",
+        "",
+        "auto:1",
+    ],
 )
 def test_an_unknown_device_error_lists_the_existing_ones(make_machine: MakeMachine, device: str) -> None:
     said = f"unknown device {device!r}; choose one of: auto, cpu, cuda, cuda:N, intel-gpu, intel-gpu:N"
@@ -1070,6 +1090,13 @@ def test_on_cuda_the_description_names_gpu_and_precision(
     rest = "" if stored == "fp32" else f", {wide} for the graph's float32 operations"
     assert info.provider == f"CUDAExecutionProvider, Stand-in {index}{rest}"
     assert (info.threads, info.streams, info.batch) == (0, 1, 8)
+
+
+def test_on_cuda_closing_frees_the_buffers(on_cuda: Callable[..., Any], toy: Toy, tmp_path: Path) -> None:
+    engine = on_cuda(toy(tmp_path / "toy.onnx"))
+    buffers = weakref.ref(engine._bound)
+    engine.close()
+    assert buffers() is None
 
 
 def test_on_cuda_a_failing_graph_fails_when_it_is_loaded(
@@ -1449,6 +1476,29 @@ def test_openvino_with_fewer_threads_than_cores_does_not_pin(
     engine: Any = load_engine(compiled, threads=1)
     with engine:
         assert engine._compiled.get_property("ENABLE_CPU_PINNING") is pinned
+
+
+@pytest.mark.parametrize(
+    ("there", "index", "where"),
+    [
+        (["CPU", "GPU"], 0, "GPU"),
+        (["CPU", "GPU.0", "GPU.1", "NPU"], 0, "GPU.0"),
+        (["CPU", "GPU.0", "GPU.1", "NPU"], 1, "GPU.1"),
+        (["CPU", "GPU.0", "GPU.1"], 2, None),
+        (["CPU", "GPU"], 1, None),
+        (["CPU"], 0, None),
+    ],
+)
+def test_openvino_takes_the_intel_gpu_of_that_number_or_none(
+    monkeypatch: pytest.MonkeyPatch, there: list[str], index: int, where: str | None
+) -> None:
+    module = pytest.importorskip("petseg_runtime.engines.openvino")
+    monkeypatch.setattr(module, "_core", lambda: types.SimpleNamespace(available_devices=there))
+    if where:
+        assert module._plugin(Device("intel-gpu", index)) == where
+        return
+    with pytest.raises(EngineError, match=f"^intel-gpu:{index} is not available: OpenVINO finds {', '.join(there)}; "):
+        module._plugin(Device("intel-gpu", index))
 
 
 def test_openvino_runs_once_before_threads_can_use_it(compiled: Artifact) -> None:
