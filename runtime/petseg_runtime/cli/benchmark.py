@@ -90,7 +90,9 @@ def benchmark(
     if sustained is not None and (seconds is not None or len(backends) > 1):
         raise click.UsageError("--sustained is for one engine and sets the time: give one --backend and no --seconds")
     if sustained is None and "auto" in backends:
-        raise click.UsageError("--backend auto is for --sustained; leave it out to measure every engine that works here")
+        raise click.UsageError(
+            "--backend auto is for --sustained; leave it out to measure every engine that works here"
+        )
     options = _Options(
         artifact=open_artifact(model or default_model()),
         device=device,
