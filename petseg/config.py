@@ -86,8 +86,8 @@ class AugmentConfig:
         flip: Probability of a horizontal flip.
         rotate: Largest rotation either way, degrees.
         translate: Largest shift, as a share of the image size.
-        scale_min: Smallest scale (below 1 shrinks; the uncovered edge becomes black and background).
-        scale_max: Largest scale (above 1 crops).
+        scale_min: Smallest scale, at least 0.01 (below 1 shrinks; the uncovered edge becomes black and background).
+        scale_max: Largest scale, at most 100 (above 1 crops).
         brightness: The factor is drawn from 1 +- this; 0 changes nothing.
         contrast: As for ``brightness``.
         saturation: As for ``brightness``.
@@ -119,7 +119,8 @@ class AugmentConfig:
         _require(0 <= self.flip <= 1, "augment.flip", self.flip, "between 0 and 1")
         _require(0 <= self.rotate <= 180, "augment.rotate", self.rotate, "between 0 and 180 degrees")
         _require(0 <= self.translate < 1, "augment.translate", self.translate, "at least 0 and below 1")
-        _require(0 < self.scale_min <= self.scale_max, "augment.scale_min", self.scale_min, "above 0, <= scale_max")
+        _require(0.01 <= self.scale_min <= self.scale_max, "augment.scale_min", self.scale_min, "0.01 to scale_max")
+        _require(self.scale_max <= 100, "augment.scale_max", self.scale_max, "at most 100")
         for name in ("brightness", "contrast", "saturation"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "between 0 and 1")
         _require(0 <= self.hue <= 0.5, "augment.hue", self.hue, "between 0 and 0.5")

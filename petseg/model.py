@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ __all__ = ["AttentionGate", "AttentionUNet", "AttentionUNetConfig", "ConvBlock",
 #: Channel means and standard deviations of ImageNet photos in [0, 1], RGB (as in torchvision).
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+#: A convolution of more channels would need terabytes; with still more, the size of its weights overflows in PyTorch.
+MOST_CHANNELS: Final = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class AttentionUNetConfig:
             raise ValueError(f"width is {self.width}; the attention gates halve it, so it must be even and positive")
         if len(self.levels) < 2 or min(self.levels) < 1:
             raise ValueError(f"levels are {list(self.levels)}; there must be 2 or more, each a multiple of 1 or more")
+        if max(self.channels) > MOST_CHANNELS:
+            raise ValueError(f"width is {self.width}; a level of {max(self.channels)} channels is beyond any memory")
         if self.stem not in ("full", "strided"):
             raise ValueError(f"stem is {self.stem!r}; it must be 'full' or 'strided'")
         skips = len(self.levels) - 1

@@ -170,8 +170,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         if init and resume:
             self.observer.started(f"{init} is not read, because the resumed run has its own weights")
-        network = self.first_network(None if resume else init)
         with enough_memory("use a network of a smaller --width"):
+            network = self.first_network(None if resume else init)
             self.model = network.to(device).to(memory_format=torch.channels_last)
             self.ema = MovingAverage(self.model, config.ema)
             synchronized(self.model, self.ranks, device)

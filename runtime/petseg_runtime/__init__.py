@@ -2,11 +2,17 @@
 
 >>> from petseg_runtime import Segmenter
 >>> Segmenter()("cat.jpg").mask  # doctest: +SKIP
+
+Importing this package turns off the telemetry of ONNX Runtime and OpenVINO, which otherwise report their use to
+Microsoft and Google, and keep an identifier in the home folder. Where a program imported one of them before petseg, or
+set ORT_DISABLE_TELEMETRY itself, its choice stands.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +23,10 @@ if TYPE_CHECKING:
     from petseg_runtime.segmenter import Segmenter
     from petseg_runtime.spec import ModelSpec
     from petseg_runtime.video.stream import Stream
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
+# OpenVINO reports every import. No setting of a program prevents that, but without this package it does not report.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 __version__ = "0.1.0"
 

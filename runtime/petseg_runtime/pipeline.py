@@ -20,6 +20,7 @@ import numpy.typing as npt
 from petseg_runtime import host
 from petseg_runtime.errors import EngineError, InputError
 from petseg_runtime.memory_budget import MemoryBudget, Reservation
+from petseg_runtime.text import counted
 
 __all__ = ["Outcome", "Pipeline", "Steps", "Timings"]
 
@@ -270,7 +271,8 @@ class Pipeline(Generic[Source, Result]):
             batch = first[None] if len(jobs) == 1 else np.stack([job.value.image for job in jobs])
             answers = self._steps.infer(batch)
             if len(answers) != len(jobs):
-                raise EngineError(f"the engine returned {len(answers)} results for {len(jobs)} photos")
+                results, photos = counted(len(answers), "result"), counted(len(jobs), "photo")
+                raise EngineError(f"the engine returned {results} for {photos}")
         except BaseException as error:  # noqa: BLE001 (raised again to the consumer)
             for job in jobs:
                 job.future.set_exception(error)

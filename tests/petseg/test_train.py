@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -954,6 +954,17 @@ def test_out_of_memory_is_reported_with_a_remedy(
     with pytest.raises(EngineError, match=said) as told:
         trainer.fit()
     assert "\n" not in str(told.value)
+
+
+def test_a_network_too_wide_for_the_memory_is_reported_with_a_remedy(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("petseg.train.first_weights", fails)
+    with pytest.raises(EngineError, match="out of memory: use a network of a smaller --width"):
+        Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
 
 
 def test_another_error_of_the_device_is_left_as_it_is(oxford_root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 import shutil
@@ -85,6 +86,19 @@ def test_segmenting_in_openvino_imports_no_other_engine(tmp_path: Path) -> None:
     modules = imported("infer", sample_photos()[0], "--backend", "openvino", "--output", tmp_path)
     assert {"numpy", "PIL", "openvino"} <= modules
     assert modules & {*UNWANTED, *ENGINES - {"openvino"}} == set()
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engines_telemetry_is_off(tmp_path: Path, engine: str) -> None:
+    """When an engine is imported or loads a file, it writes the identifier that it reports with to the home folder."""
+    pytest.importorskip(engine)
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    env |= {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PETSEG_CACHE": ""}
+    program = f"from petseg_runtime import Segmenter, sample_photos; Segmenter(backend={engine!r})(sample_photos()[0])"
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=200)
+    assert list(home.rglob("*")) == []
 
 
 def test_without_a_gpu_auto_does_not_look_for_gpu_engines(tmp_path: Path) -> None:

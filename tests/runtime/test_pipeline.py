@@ -160,7 +160,7 @@ def test_batches_contain_waiting_photos_up_to_the_maximum() -> None:
 
 def test_an_engine_that_returns_too_few_results_ends_the_run() -> None:
     with (
-        pytest.raises(EngineError, match="the engine returned 0 results for 1 photos"),
+        pytest.raises(EngineError, match=r"the engine returned 0 results for 1 photo$"),
         Pipeline(Steps(read, lambda batch: infer(batch)[1:], write), 1, workers=1) as pipeline,
     ):
         list(pipeline.run([0, 1]))

@@ -308,6 +308,7 @@ def test_the_json_output_has_every_interval(proven: Artifact, capsys: pytest.Cap
     [
         (["--sustained", "1", "--seconds", "5"], "give one --backend and no --seconds"),
         (["--sustained", "1", "--backend", "onnxruntime", "--backend", "openvino"], "give one --backend"),
+        (["--backend", "auto"], "--backend auto is for --sustained; leave it out to measure every engine"),
         (["--sustained", "0"], "--sustained"),
         (["--sustained", "nan"], "--sustained"),
         (["--sustained", "inf"], "--sustained"),

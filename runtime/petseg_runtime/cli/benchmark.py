@@ -43,7 +43,7 @@ _SUSTAINED_METHOD = (
     type=BACKEND,
     multiple=True,
     metavar="NAME",
-    help=f"{HELP['backend']} May be repeated.  [default: all]",
+    help=f"{HELP['backend']} May be repeated; auto is for --sustained only.  [default: all]",
 )
 @click.option("--device", default="auto", show_default=True, help=HELP["device"])
 @click.option("--threads", type=click.IntRange(min=1), help=HELP["threads"])
@@ -89,6 +89,10 @@ def benchmark(
 
     if sustained is not None and (seconds is not None or len(backends) > 1):
         raise click.UsageError("--sustained is for one engine and sets the time: give one --backend and no --seconds")
+    if sustained is None and "auto" in backends:
+        raise click.UsageError(
+            "--backend auto is for --sustained; leave it out to measure every engine that works here"
+        )
     options = _Options(
         artifact=open_artifact(model or default_model()),
         device=device,

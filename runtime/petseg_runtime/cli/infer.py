@@ -141,7 +141,8 @@ class _Options:
 @click.option(
     "--threshold",
     type=UNIT,
-    help="Masks: pixels with at least this probability (0 to 1) are pet.  [default: the model's]",
+    help="Masks: pixels with at least this probability (0 to 1) are pet. Probabilities: only changes whether a pet is "
+    "found.  [default: the model's]",
 )
 @click.option(
     "--cutout-threshold",
