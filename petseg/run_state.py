@@ -108,10 +108,10 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
-        """The reverse of :meth:`as_dict`; also reads the states of older versions, which saved fewer fields.
+        """The reverse of :meth:`as_dict`.
 
         Raises:
-            KeyError: There is no history.
+            KeyError: There is no history, or a row lacks a column.
             TypeError: A field is unknown, or a value in a row is not a number.
         """
         return cls(**{**values, "history": [Row.from_dict(row) for row in values["history"]]})

@@ -294,7 +294,12 @@ class Trainer:
         Raises:
             CheckpointError: The file is missing or damaged.
         """
-        return Row.from_dict(checkpoint.peek(self.output / BEST)["validation"])
+        path = self.output / BEST
+        meta = checkpoint.peek(path)
+        try:
+            return Row.from_dict(meta["validation"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its validation row is damaged or incomplete ({error!r})") from error
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """Returns what every checkpoint says of its run, as JSON. Exported files keep ``data`` but not ``config``."""
@@ -573,7 +578,7 @@ class Trainer:
             (self.output / LOG).unlink(missing_ok=True)
         try:
             row = self.best
-        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
+        except CheckpointError:
             self.state.best_iou = -1.0  # otherwise an epoch would have to beat a checkpoint that is gone
             if self.state.history:
                 self.observer.started(f"{BEST} is missing or damaged; the best of the epochs from here on is kept")

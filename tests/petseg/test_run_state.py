@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import shutil
@@ -179,6 +178,11 @@ def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
     assert f"{BEST} is missing or damaged; the best of the epochs from here on is kept" in observer.messages
     kept = load(trainer.fit()).meta["validation"]
     assert record(trainer)["best"] == kept == max(observer.rows, key=lambda row: row.val_iou).as_dict()
+    best = load(tmp_path / BEST)
+    for row in (None, {}, {**kept, "epoch": "first"}):
+        save_checkpoint(tmp_path / BEST, best.tensors, {**best.meta, "validation": row})
+        with pytest.raises(CheckpointError, match=rf"{BEST}: its validation row is damaged or incomplete"):
+            record(trainer)
     (tmp_path / BEST).unlink()
     with pytest.raises(CheckpointError, match=rf"{BEST}: no such file"):
         record(trainer)
@@ -412,23 +416,6 @@ def test_when_a_run_has_stalled(patience: int, ious: list[float], stalled: bool)
     for iou in ious:
         state.next_epoch(iou)
     assert state.stalled(patience) is stalled
-
-
-def test_a_log_of_an_older_version_continues_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    with pytest.raises(Crash):
-        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
-    last = load(tmp_path / LAST)
-    del last.meta["state"]["history"][0]["skipped"], last.meta["state"]["elapsed"], last.meta["state"]["peak_memory"]
-    row = last.meta["state"]["history"][0]
-    mean = row["val_mean_iou_border_ignored"] = row.pop("val_mean_iou_border_ignored_at_0.5")
-    save_checkpoint(tmp_path / LAST, last.tensors, last.meta)
-    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
-    with (tmp_path / LOG).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["skipped"] for row in rows] == ["", "0", "0"]
-    assert "val_mean_iou_border_ignored" not in rows[0]
-    assert float(rows[0]["val_mean_iou_border_ignored_at_0.5"]) == mean
-    assert same_tensors(load(tmp_path / LAST).tensors, whole.last.tensors)
 
 
 @pytest.mark.parametrize(
