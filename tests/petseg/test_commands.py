@@ -334,8 +334,6 @@ def test_settings_of_a_recipe_may_be_without_effect_but_not_those_of_the_user(
         options = ["--recipe", "edge", "--set", "schedule.name=cosine", "--set", setting]
         assert run(["train", "--data", "d", "--output", "o", *options]) == 2
         assert f"{setting.replace('=', ' is ')}, which has no effect" in capsys.readouterr().err
-    # A run of an older version, which did not check, is resumed with its first settings.
-    asked("--set", "schedule.warmup=0.2", "--resume")
 
 
 def test_another_network_is_a_matter_of_settings(asked: Any) -> None:
