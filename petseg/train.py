@@ -556,10 +556,9 @@ class Trainer:
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
-            if "train_keys" in saved.meta["data"]:  # includes those of the --init checkpoint
-                self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
-            # Warnings about the --init checkpoint are not raised again on resuming. (Older versions saved none.)
-            before = [warning for warning in saved.meta.get("warnings", ()) if warning not in self.warnings]
+            self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]  # also those of the --init checkpoint
+            # Warnings about the --init checkpoint are not raised again on resuming.
+            before = [warning for warning in saved.meta["warnings"] if warning not in self.warnings]
             self.warnings += before
         for warning in before:
             self.observer.started(f"warning: {warning}")
