@@ -263,7 +263,7 @@ class Journal:
         """Load one line. One of a run with other settings means that it replaced our result, if the paths are equal."""
         name, suffix = line["name"], line.get("suffix")
         if is_own:
-            self._done[name] = _Note(line.get("source"), line.get("bytes"), suffix, offset, length)
+            self._done[name] = _Note(line.get("source", []), line.get("bytes"), suffix, offset, length)
             return
         ours = self._done.get(name)
         if suffix is not None and ours and ours.suffix == suffix:  # both wrote a file
