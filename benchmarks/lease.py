@@ -241,8 +241,6 @@ def warmed_up(job: Job, config: TrainConfig, folder: Path, train: int, val: int)
     evaluate(torch_run(trainer.model, device), trainer.photos.good_val, *side, batch=BATCH)
     measure = time.perf_counter() - begin
     first, second = trainer.state.history
-    assert first.elapsed is not None
-    assert second.elapsed is not None
     steps = len(clock.marks) - 1
     step = (clock.marks[-1] - clock.marks[steps // 2]) / (steps - steps // 2)  # the second half, at steady state
     save = trainer.last.took

@@ -349,9 +349,8 @@ def training() -> str:
 
 
 def engine_of(row: dict[str, Any]) -> str:
-    """Returns the engine, and its device if that is not the CPU; older records are of the CPU only."""
-    device = row.get("device", "cpu")
-    return str(row["engine"]) + (f" on {device}" if device != "cpu" else "")
+    """Returns the engine, and its device if that is not the CPU."""
+    return str(row["engine"]) + (f" on {row['device']}" if row["device"] != "cpu" else "")
 
 
 def engine_alone(row: dict[str, Any]) -> str:

@@ -64,14 +64,15 @@ class Checkpoint:
         """Returns a model's input size and thresholds; None for the state of a run, which has none.
 
         Raises:
-            CheckpointError: The height, the width or the threshold is missing, or a value is out of range.
+            CheckpointError: The height, the width or a threshold is missing, or a value is out of range.
         """
         raw = self.meta.get("spec")
         if raw is None:
             return None
         try:
-            # ModelSpec has a default threshold, which was not chosen for this model.
-            return ModelSpec(**{"name": "", **raw, "threshold": raw["threshold"]})
+            # ModelSpec has default thresholds, which were not chosen for this model.
+            chosen = {name: raw[name] for name in ("threshold", "cutout_threshold")}
+            return ModelSpec(**{"name": "", **raw, **chosen})
         except (KeyError, TypeError, ModelError) as error:
             raise CheckpointError(f"its specification is damaged ({error})") from error
 

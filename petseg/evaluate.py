@@ -184,7 +184,7 @@ class OpenedModel:
         identity: SHA-256, in hex: of a checkpoint's file; for an exported file,
             :attr:`petseg_runtime.artifact.Artifact.identity`.
         engine: The engine, its device and its precision.
-        cutout_threshold: The lower threshold, for which the border counts as pet; None: the file has none.
+        cutout_threshold: The lower threshold, for which the border counts as pet.
         provenance: All that the file says about its origin.
     """
 
@@ -195,7 +195,7 @@ class OpenedModel:
     file: str
     identity: str
     engine: str
-    cutout_threshold: float | None = None
+    cutout_threshold: float
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, str]:
@@ -246,22 +246,14 @@ def open_model(path: Path, device: str = "auto", backend: str = "auto") -> Itera
 def split_of(provenance: Mapping[str, Any]) -> tuple[float, int] | None:
     """Returns the share of trainval that a model's run held out for validation, and the seed of that choice.
 
-    None if the file does not say, or if a listing chose: see :func:`listed_by`. Runs of older versions record it only
-    in their settings, which exported files do not have.
+    None if the file does not say, or if a listing chose: see :func:`listed_by`.
     """
-    if listed_by(provenance) is not None:  # its settings also have a share, which had no effect
+    try:
+        data = provenance["data"]
+        fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
+    except (KeyError, TypeError, ValueError, OverflowError):  # missing, or edited by hand
         return None
-    for where in (("data",), ("config", "data")):
-        try:
-            data: Any = provenance
-            for name in where:
-                data = data[name]
-            fraction, seed = float(data["val_fraction"]), int(data["split_seed"])
-        except (KeyError, TypeError, ValueError, OverflowError):  # missing, or edited by hand
-            continue
-        if 0 < fraction < 1:
-            return fraction, seed
-    return None
+    return (fraction, seed) if 0 < fraction < 1 else None
 
 
 def listed_by(provenance: Mapping[str, Any]) -> frozenset[str] | None:
@@ -336,8 +328,8 @@ def trained_on(provenance: Mapping[str, Any], root: Path, pairs: Sequence[Pair])
         pairs: Photos in it.
 
     Returns:
-        Those whose keys are in the file, whatever else the folder now holds. Files of older versions have no keys: for
-        them, if the folder holds exactly the photos of the run, those of its training part.
+        Those whose keys are in the file, whatever else the folder now holds. The built-in model has no keys: for it, if
+        the folder holds exactly the photos of the run, those of its training part.
     """
     names, keys = _own_train(provenance, root), train_keys(provenance)
     return [pair for pair in pairs if pair.name in names or (keys and photo_key(pair) in keys)]

@@ -18,7 +18,7 @@ __all__ = ["LOG", "Row", "read", "write"]
 
 #: The log's file name, beside the checkpoints.
 LOG: Final = "log.csv"
-#: Columns whose names differ from their attributes'; in older logs they do not.
+#: Columns whose names differ from their attributes'.
 COLUMNS: Final = {"val_mean_iou_border_ignored": "val_mean_iou_border_ignored_at_0.5"}
 
 
@@ -40,7 +40,7 @@ class Row:
         images_per_s: Training throughput in photos per second, of all ranks together.
         data_wait: Share of ``seconds`` spent waiting for photos, 0 to 1.
         elapsed: Seconds of the run up to the end of the validation, over all sessions, including reading the photos and
-            validation. This and the following are None in a row of a version that did not record them.
+            validation.
         skipped: Photos excluded so far because they could not be used.
         gpu_memory: Peak GPU memory so far, bytes; 0 on a CPU.
     """
@@ -55,29 +55,28 @@ class Row:
     seconds: float
     images_per_s: float
     data_wait: float
-    elapsed: float | None = None
-    skipped: int | None = None
-    gpu_memory: int | None = None
+    elapsed: float
+    skipped: int
+    gpu_memory: int
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the values by column, in the log's order, without those that are None."""
-        values = {column: getattr(self, name) for name, column in _columns().items()}
-        return {column: value for column, value in values.items() if value is not None}
+        """Returns the values by column, in the log's order."""
+        return {column: getattr(self, name) for name, column in _columns().items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """Build a row from its columns: from :meth:`as_dict`, also of an older version, or from a line of the file.
+        """Build a row from its columns: from :meth:`as_dict`, or from a line of the file.
 
         Args:
             values: Numbers, or numbers as text, by column. Unknown columns are ignored.
 
         Raises:
-            TypeError: A column is missing, or its value is not a number.
+            KeyError: A column is missing.
+            TypeError: Its value is not a number.
             ValueError: Its text is not a number.
         """
-        found = {name: values.get(column, values.get(name)) for name, column in _columns().items()}
         hints = typing.get_type_hints(cls)
-        return cls(**{name: _number(value, hints[name]) for name, value in found.items() if value not in (None, "")})
+        return cls(**{name: _number(values[column], hints[name]) for name, column in _columns().items()})
 
 
 def read(path: Path) -> list[Row]:
@@ -89,18 +88,18 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [Row.from_dict(line) for line in csv.DictReader(file)]
-    except (OSError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, LookupError, TypeError, ValueError, csv.Error) as error:
         raise TrainingError(f"{path}: not a log of petseg train, or not readable ({error})") from error
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write a log atomically; values that rows of older versions lack are left empty.
+    """Write a log atomically.
 
     Raises:
         OutputError: It cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(_columns().values()), restval="")
+    writer = csv.DictWriter(text, fieldnames=list(_columns().values()))
     writer.writeheader()
     writer.writerows(row.as_dict() for row in rows)
     try:
@@ -114,12 +113,11 @@ def _columns() -> dict[str, str]:
     return {field.name: COLUMNS.get(field.name, field.name) for field in dataclasses.fields(Row)}
 
 
-def _number(value: Any, hint: Any) -> Any:
+def _number(value: Any, hint: type) -> Any:
     """Returns a number, or parses one from text; an integer for an integer attribute."""
     if isinstance(value, str):
         number = float(value)
-        whole = int in (hint, *typing.get_args(hint)) and number.is_integer()
-        return int(number) if whole else number
+        return int(number) if hint is int and number.is_integer() else number
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
     return value

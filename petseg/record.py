@@ -80,7 +80,7 @@ def reached(rows: Sequence[Row], batch: int) -> dict[str, Any]:
         last validation, including reading the photos, validation and saving; ``seconds``, those of the steps only, to
         which ``images_per_s`` and ``data_wait`` (the share of waiting for photos) refer;
         ``validation_reached_published``, the first epoch whose IoU on *validation* photos reached the published one,
-        which was measured on test photos, or null. Elapsed seconds are null in logs of versions without them.
+        which was measured on test photos, or null.
     """
     seconds = sum(row.seconds for row in rows)
     first = next((row for row in rows if row.val_iou >= PUBLISHED_IOU), None)

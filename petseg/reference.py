@@ -57,7 +57,7 @@ def open_checkpoint(path: Path, device: str = "auto") -> OpenedModel:
         file=path.name,
         identity=loaded.sha256,
         engine=f"PyTorch {torch.__version__} on {where}, f32",
-        cutout_threshold=loaded.meta["spec"].get("cutout_threshold"),  # older checkpoints have none
+        cutout_threshold=spec.cutout_threshold,
         provenance=_origin(model, loaded.meta),
     )
 

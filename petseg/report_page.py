@@ -240,9 +240,7 @@ def _breeds(values: Mapping[str, Any]) -> str:
 
 def _sweep(values: Mapping[str, Any]) -> str:
     found, thresholds = values["sweep"], values["model"]["thresholds"]
-    marks = {"mask": thresholds["own"]}
-    if thresholds["cutout"] is not None:
-        marks["cutout"] = thresholds["cutout"]
+    marks = {"mask": thresholds["own"], "cutout": thresholds["cutout"]}
     if abs(thresholds["used"] - thresholds["own"]) > 1e-9:
         marks["used"] = thresholds["used"]
     titles = {"background": "Border as background", "ignored": "Border ignored"}
@@ -263,8 +261,7 @@ def _sweep(values: Mapping[str, Any]) -> str:
 
 def _thresholds(thresholds: Mapping[str, Any]) -> str:
     """Explains the model's two thresholds, if it has two."""
-    cutout = thresholds["cutout"]
-    if cutout is None or cutout >= thresholds["own"]:
+    if thresholds["cutout"] >= thresholds["own"]:
         return ""
     return (
         "The model has two thresholds: one for <b>masks</b>, which excludes the outline like the published metric, and "
@@ -331,7 +328,7 @@ def _facts(values: Mapping[str, Any]) -> str:
         "input": f"{model['width']} × {model['height']} (width × height)",
         "threshold used": f"{thresholds['used']:.4f}",
         "threshold of the model": f"{thresholds['own']:.4f}",
-        "threshold for cutouts": "none" if thresholds["cutout"] is None else f"{thresholds['cutout']:.4f}",
+        "threshold for cutouts": f"{thresholds['cutout']:.4f}",
         "data": f"{data['folder']} ({data['layout']} layout), split {data['split']}",
         "photos": f"{data['photos']} measured, {data['failed']} not readable",
         "photos without a pet": len(values["without_pet"]),

@@ -108,10 +108,10 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:
-        """The reverse of :meth:`as_dict`; also reads the states of older versions, which saved fewer fields.
+        """The reverse of :meth:`as_dict`.
 
         Raises:
-            KeyError: There is no history.
+            KeyError: There is no history, or a row lacks a column.
             TypeError: A field is unknown, or a value in a row is not a number.
         """
         return cls(**{**values, "history": [Row.from_dict(row) for row in values["history"]]})
@@ -227,7 +227,7 @@ def check_same_settings(saved: Mapping[str, Any], config: TrainConfig, taught: b
         TrainingError: Settings differ; the message names them.
         KeyError, TypeError, UsageError: The metadata is damaged.
     """
-    before = from_dict(TrainConfig, saved["config"])  # a setting that the saved run did not know yet has its default
+    before = from_dict(TrainConfig, saved["config"])
     unused = unused_settings(before, taught).keys() & unused_settings(config, taught).keys()
     if differs := _differences(to_dict(before), to_dict(config), {*FREE, *unused}):
         raise TrainingError(f"{folder}: the run to resume has other settings: {'; '.join(differs)}")
@@ -246,15 +246,8 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Pa
         KeyError, TypeError, AttributeError: The metadata is damaged.
     """
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
-        tiny = meta["data"]["skipped_too_small"]
-        if tiny and "skipped_too_small" not in saved["data"]:
-            raise TrainingError(
-                f"{folder}: the run to resume was made by an older version, which kept {len(tiny)} photos whose pet "
-                f"vanishes at this size ({_named(tiny)}); they are now excluded, so the photos differ; start a new run "
-                f"in another --output, with --init {folder / LAST}"
-            )
         raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
-    if changed := _changed(saved.get("masks", {}), meta["masks"]):
+    if changed := _changed(saved["masks"], meta["masks"]):
         raise TrainingError(
             f"{folder}: the masks of {counted(len(changed), 'photo')} have changed since the run to resume began "
             f"({_named(changed)}); restore them, or start a new run in another --output, with --init {folder / LAST}"

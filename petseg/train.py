@@ -294,7 +294,12 @@ class Trainer:
         Raises:
             CheckpointError: The file is missing or damaged.
         """
-        return Row.from_dict(checkpoint.peek(self.output / BEST)["validation"])
+        path = self.output / BEST
+        meta = checkpoint.peek(path)
+        try:
+            return Row.from_dict(meta["validation"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its validation row is damaged or incomplete ({error!r})") from error
 
     def _about(self, provenance: dict[str, Any]) -> dict[str, Any]:
         """Returns what every checkpoint says of its run, as JSON. Exported files keep ``data`` but not ``config``."""
@@ -551,10 +556,9 @@ class Trainer:
             self.state = RunState.from_dict(saved.meta["state"])
             self.meta["provenance"] = saved.meta["provenance"]
             self.meta |= {"init": saved.meta["init"]} if "init" in saved.meta else {}
-            if "train_keys" in saved.meta["data"]:  # includes those of the --init checkpoint
-                self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]
-            # Warnings about the --init checkpoint are not raised again on resuming. (Older versions saved none.)
-            before = [warning for warning in saved.meta.get("warnings", ()) if warning not in self.warnings]
+            self.meta["data"]["train_keys"] = saved.meta["data"]["train_keys"]  # also those of the --init checkpoint
+            # Warnings about the --init checkpoint are not raised again on resuming.
+            before = [warning for warning in saved.meta["warnings"] if warning not in self.warnings]
             self.warnings += before
         for warning in before:
             self.observer.started(f"warning: {warning}")
@@ -573,7 +577,7 @@ class Trainer:
             (self.output / LOG).unlink(missing_ok=True)
         try:
             row = self.best
-        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError):
+        except CheckpointError:
             self.state.best_iou = -1.0  # otherwise an epoch would have to beat a checkpoint that is gone
             if self.state.history:
                 self.observer.started(f"{BEST} is missing or damaged; the best of the epochs from here on is kept")

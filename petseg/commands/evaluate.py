@@ -89,9 +89,8 @@ def evaluate(
     trimap's border as background; the other two ways to count it are shown below them. A photo that cannot be read ends
     the measurement; with --report it is named and excluded, and the exit code is 3.
 
-    With --split val or train, the photos are by default those that the model's own run validated or trained on.
-    Exported files of older versions do not record that split; they can only confirm that a given split is the run's. If
-    the data folder lists its validation photos in val.txt, those are val, and --val-fraction is rejected.
+    With --split val or train, the photos are by default those that the model's own run validated or trained on. If the
+    data folder lists its validation photos in val.txt, those are val, and --val-fraction is rejected.
 
     A checkpoint needs PyTorch, an exported file does not; --report and worst.png need matplotlib. The extra `train` has
     both.
@@ -267,10 +266,9 @@ def _has_border(record: dict[str, Any]) -> bool:
 def _lower_cut(record: dict[str, Any], model: OpenedModel) -> float | None:
     """Returns the model's threshold for cutouts, which may be the fairer one: masks without a border may include fur.
 
-    None if the masks have a border, or the model has no lower threshold.
+    None if the masks have a border, or that threshold is not lower.
     """
-    cut = model.cutout_threshold
-    return cut if cut is not None and cut < model.threshold and not _has_border(record) else None
+    return model.cutout_threshold if model.cutout_threshold < model.threshold and not _has_border(record) else None
 
 
 def _print_metrics(record: dict[str, Any]) -> None:

@@ -169,8 +169,7 @@ def train(
 
     short = {"epochs": epochs, "batch": batch, "seed": seed, "model.width": width}
     config = _train_config(recipe, config_file, short, size, settings)
-    if not resume:  # the run may have been started by an older version, which did not check
-        reject_unused(config, _train_config(recipe), taught=teacher is not None)
+    reject_unused(config, _train_config(recipe), taught=teacher is not None)
     if show:
         click.echo(to_toml(config, taught=teacher is not None), nl=False)
         return 0

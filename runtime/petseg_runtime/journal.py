@@ -54,7 +54,7 @@ class _Note(NamedTuple):
     Attributes:
         source: The identity of the photo; see :meth:`Journal._identity`.
         size: Bytes of the file with the result; None: there is none.
-        suffix: The suffix of that file; None: there is none, or the line does not say.
+        suffix: The suffix of that file; None: there is none.
         offset: The line's position in the file, in bytes.
         length: The line's length in bytes.
     """
@@ -261,21 +261,13 @@ class Journal:
 
     def _load(self, line: dict[str, Any], offset: int, length: int, *, is_own: bool) -> None:
         """Load one line. One of a run with other settings means that it replaced our result, if the paths are equal."""
-        name, source, suffix = line["name"], line.get("source"), line.get("suffix")
+        name, suffix = line["name"], line.get("suffix")
         if is_own:
-            if isinstance(source, list) and source:
-                self._done[name] = _Note(self._resolved(source), line.get("bytes"), suffix, offset, length)
+            self._done[name] = _Note(line.get("source", []), line.get("bytes"), suffix, offset, length)
             return
         ours = self._done.get(name)
-        if suffix is not None and ours and ours.size is not None and ours.suffix in (None, suffix):  # both wrote a file
+        if suffix is not None and ours and ours.suffix == suffix:  # both wrote a file
             del self._done[name]
-
-    def _resolved(self, source: list[Any]) -> list[Any]:
-        """A noted identity with its path resolved: earlier versions noted the path as it was typed."""
-        path, *rest = source
-        if path == "-" or not isinstance(path, str) or "\0" in path:  # no path has NUL: another program wrote the line
-            return source
-        return [self._real(path), *rest]
 
     def _lines(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """The complete lines: position and length in bytes, and the parsed JSON object."""

@@ -308,7 +308,7 @@ class Receipt:
             if there was no scan.
         quantization: How the int8 quantization was chosen; None for other precisions.
         note: If no engine ran the file, why; otherwise a reason why the IoU on labelled photos may be too high.
-        spec: The specification that the file was tested with, as JSON values; None in receipts that predate this field.
+        spec: The specification that the file was tested with, as JSON values; missing in the built-in model's receipt.
     """
 
     identity: str

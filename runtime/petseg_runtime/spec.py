@@ -54,8 +54,7 @@ class ModelSpec:
             differs: the Dice loss pushes soft targets below half of the Dice coefficient to 0, and others to 1.
         certain_share: A photo has a pet if at least this share of the pixels that are more likely pet than background
             is near-certain; see :attr:`petseg_runtime.result.Segmentation.found`. Chosen on photos with and without
-            pets, in (0, 1]; None: not chosen for this model, and a photo has a pet if its mask is not empty. The
-            default is the value for files older than this field, all of which were judged by it.
+            pets, in (0, 1]; None: not chosen for this model, and a photo has a pet if its mask is not empty.
     """
 
     name: str
@@ -66,7 +65,7 @@ class ModelSpec:
     threshold: float = 0.5
     cutout_threshold: float = 0.5
     border_target: float = 0.0
-    certain_share: float | None = 0.25
+    certain_share: float | None = None
     dynamic_size: bool = False
     batch: int = 0
     precision: str = "fp32"
@@ -167,7 +166,6 @@ def lowest_pet(threshold: float) -> int:
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the known fields; missing ones and wrong types are errors, unknown ones (of a later version) are not."""
-    fields = {field.name: field for field in dataclasses.fields(ModelSpec)}
     kinds: dict[str, type | tuple[type, ...]] = {
         "str": str,
         "int": int,
@@ -176,13 +174,10 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
         "bool": bool,
     }
     values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in raw:
-            if field.default is dataclasses.MISSING:
-                raise ModelError(f"the model's specification lacks {name!r}")
-            continue
-        value = raw[name]
+    for field in dataclasses.fields(ModelSpec):
+        if field.name not in raw:
+            raise ModelError(f"the model's specification lacks {field.name!r}")
+        value = values[field.name] = raw[field.name]
         if not isinstance(value, kinds[str(field.type)]) or isinstance(value, bool) != (field.type == "bool"):
-            raise ModelError(f"the model's specification has {name} = {value!r}; a {field.type} is expected")
-        values[name] = value
+            raise ModelError(f"the model's specification has {field.name} = {value!r}; a {field.type} is expected")
     return values

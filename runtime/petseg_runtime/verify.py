@@ -20,7 +20,6 @@ from petseg_runtime import host as hosts
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.errors import ModelError, OutputError
 from petseg_runtime.files import read_text, write_atomic
-from petseg_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
     from petseg_runtime.engines.base import Engine
@@ -42,8 +41,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 3
-#: An earlier version that is also read: results of the network alone.
-WITHOUT_ROAD = 2
 _ROAD = "pre- and postprocessing: "
 #: Largest file of results, in bytes; it has a few lines for each engine.
 MAX_RESULT = 2**20
@@ -265,8 +262,7 @@ def verified(artifact: Artifact) -> dict[str, Any]:
     It is the latest result; valid results for other engines and devices are its ``others``, the latest first. If the
     latest is not valid, only a ``summary`` is returned, which says why.
 
-    A result of the earlier schema, for the network alone, has no ``road``. In a result by another version of petseg,
-    only the network's part is kept, and ``road`` says so.
+    In a result by another version of petseg, only the network's part is kept, and ``road`` says so.
     """
     path = sidecar_of(artifact.path)
     try:
@@ -286,7 +282,7 @@ def verified(artifact: Artifact) -> dict[str, Any]:
 def _as_of_now(result: dict[str, Any]) -> dict[str, Any]:
     """Drop the part on pre- and postprocessing, which is petseg's code, if another version of petseg measured it."""
     was = result.get("petseg")
-    if "road" not in result or was == __version__:
+    if was == __version__:
         return result
     rows = result.get("rows")
     return {
@@ -311,15 +307,17 @@ def _ran_in(result: Any) -> set[tuple[str, str]]:
     """The engine and the device of a result, which has a row for each precision; empty if it does not state them."""
     try:
         return {(str(row["backend"]), str(row["device"])) for row in result["rows"]}
-    except (KeyError, TypeError):  # written by an earlier version, or edited
+    except (KeyError, TypeError):  # any program may have written them
         return set()
 
 
 def _fault(artifact: Artifact, result: Any) -> str:
     """Why a result is not valid for a file on this device as it is now; "" if it is."""
-    if not isinstance(result, dict) or _identified(result) != _identify(artifact):
+    if not isinstance(result, dict):
         return "is of another file"
-    if (version := result.get("schema_version")) not in (WITHOUT_ROAD, SCHEMA_VERSION):
+    if any(result.get(key) != value for key, value in _identify(artifact).items()):
+        return "is of another file"
+    if (version := result.get("schema_version")) != SCHEMA_VERSION:
         return f"its schema_version is {version!r}, not {SCHEMA_VERSION}"
     return _change(result)
 
@@ -335,7 +333,7 @@ def _change(result: dict[str, Any]) -> str:
     if device and this and device != this:  # systems without an identity may be the same one
         return "was made on another machine of this kind"
     packages = was.get("packages")
-    then = packages if isinstance(packages, dict) else now["packages"]  # older results do not state them
+    then = packages if isinstance(packages, dict) else {}
     pairs = [(name, then.get(name), now["packages"].get(name)) for name in hosts.MASK_PACKAGES]
     pairs.append(("NVIDIA's driver", was.get("nvidia_driver"), now["nvidia_driver"]))
     for name, before, installed in pairs:
@@ -348,7 +346,7 @@ def _other_gpu(was: dict[str, Any], devices: Set[str]) -> str:
     """The first of these GPUs that differs from the one in a result's host record; "" if none does."""
     if not devices:  # querying the driver takes a while
         return ""
-    recorded = was.get("gpus")  # an earlier version recorded only their number
+    recorded = was.get("gpus")
     then = {_index(gpu): _kind_of(gpu) for gpu in recorded} if isinstance(recorded, list) else {}
     here = {f"cuda:{gpu.index}": _kind_of(dataclasses.asdict(gpu)) for gpu in hosts.gpus()}
     for device in sorted(devices):
@@ -376,15 +374,6 @@ def _processor(host: Any) -> str:
         return f"{host['cpu']['name']}, {host['cpu']['machine']}"
     except (KeyError, TypeError):
         return "unknown"
-
-
-def _identified(result: dict[str, Any]) -> dict[str, Any]:
-    """The file that a result is for, as in :func:`_identify`; an older specification is completed with the defaults."""
-    stated = {key: result.get(key) for key in ("identity", "format", "spec", "files")}
-    try:
-        return {**stated, "spec": json.loads(ModelSpec.from_json(json.dumps(stated["spec"])).to_json())}
-    except ModelError:
-        return stated
 
 
 def _identify(artifact: Artifact) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -50,19 +49,12 @@ def test_a_run_is_recorded_with_its_commit_and_times(run: Path) -> None:
     assert [row["epoch"] for row in told["log"]] == [1, 2]
 
 
-def test_stopped_and_older_runs_are_recorded_as_far_as_known(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "best.safetensors").write_bytes((run / "best.safetensors").read_bytes())
-    with (run / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows[0]["elapsed"] = ""
-    with (tmp_path / "log.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def test_a_stopped_run_is_recorded_as_far_as_known(run: Path, tmp_path: Path) -> None:
+    for name in ("best.safetensors", "log.csv"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
     (told,) = ship.trained([tmp_path])
     assert (told["processes"], told["peak_gpu_memory_bytes"]) == (None, None)
-    assert "elapsed" not in told["log"][0]
-    assert told["elapsed"] == float(rows[1]["elapsed"])
+    assert [row["epoch"] for row in told["log"]] == [1, 2]
 
 
 @pytest.fixture

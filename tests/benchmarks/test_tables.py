@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("results")
 
 
 def group(**values: Any) -> dict[str, Any]:
-    row = {"engine": "openvino 1", "stored": "fp32", "precision": "bf16", "median": 7.04}
+    row = {"engine": "openvino 1", "device": "cpu", "stored": "fp32", "precision": "bf16", "median": 7.04}
     wide = {
         "share_of_matmul_peak": 0.351,
         "load_ms": 90,

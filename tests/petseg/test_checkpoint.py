@@ -20,7 +20,7 @@ from petseg.config import TrainConfig, to_dict
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_runtime.errors import CheckpointError, OutputError
 
-SPEC = {"height": 32, "width": 48, "threshold": 0.5}
+SPEC = {"height": 32, "width": 48, "threshold": 0.5, "cutout_threshold": 0.4}
 META = {"kind": "model", "model": {"width": 2}, "spec": SPEC}
 
 
@@ -358,7 +358,9 @@ def test_the_specification_of_a_model_is_checked_when_it_is_loaded(tmp_path: Pat
         load_model(path)
 
 
-@pytest.mark.parametrize("spec", [{}, {"height": 32, "width": 32}, {"width": 32, "threshold": 0.5}, 5, [1], "spec"])
+@pytest.mark.parametrize(
+    "spec", [*({name: SPEC[name] for name in SPEC if name != missing} for missing in SPEC), {}, 5, [1], "spec"], ids=str
+)
 def test_a_model_without_a_size_or_a_threshold_is_rejected(tmp_path: Path, spec: Any) -> None:
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, network().state_dict(), {**META, "spec": spec})

@@ -334,8 +334,6 @@ def test_settings_of_a_recipe_may_be_without_effect_but_not_those_of_the_user(
         options = ["--recipe", "edge", "--set", "schedule.name=cosine", "--set", setting]
         assert run(["train", "--data", "d", "--output", "o", *options]) == 2
         assert f"{setting.replace('=', ' is ')}, which has no effect" in capsys.readouterr().err
-    # A run of an older version, which did not check, is resumed with its first settings.
-    asked("--set", "schedule.warmup=0.2", "--resume")
 
 
 def test_another_network_is_a_matter_of_settings(asked: Any) -> None:
@@ -551,25 +549,6 @@ def test_val_is_what_the_run_of_an_exported_file_kept(
     assert measured(capsys, *args, "train")["photos"] == 18
     assert run(["evaluate", *map(str, args), "val", "--split-seed", "0", "-q"]) == 0
     assert "the model was trained on 5 of the 6 photos of val" in capsys.readouterr().err
-
-
-def test_an_exported_file_of_an_older_version_knows_whether_val_is_what_it_was_validated_on(
-    unusual: Path, oxford_root: Path, tmp_path: Path, known_graph: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = checkpoints.load(unusual)
-    newer = ("val_fraction", "split_seed", "train_keys")
-    data = {name: value for name, value in old.meta["data"].items() if name not in newer}
-    checkpoints.save_checkpoint(tmp_path / "old.safetensors", old.tensors, {**old.meta, "data": data})
-    config = OnnxConfig(output=tmp_path / "m.onnx", data=oxford_root, split="test", photos=4)
-    export(tmp_path / "old.safetensors", config)
-    args = ["evaluate", str(tmp_path / "m.onnx"), "--data", str(oxford_root), "--split", "val", "--json"]
-    assert run(args) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["photos"] == 1
-    assert "val, 0.05 of trainval by seed 0, is not what the model was validated on" in err
-    assert run([*args, "--val-fraction", "0.25", "--split-seed", "3"]) == 0
-    out, err = capsys.readouterr()
-    assert (json.loads(out)["photos"], err) == (6, "")
 
 
 def test_test_photos_that_a_model_was_trained_on_are_warned_about(

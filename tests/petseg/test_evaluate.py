@@ -309,14 +309,13 @@ def test_an_exported_file_is_closed_afterwards(exported: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [None, 3, [], {}, {"data": None}, {"data": {"val_fraction": 0.1}}]
+    "provenance",
+    [{}, *({"data": data} for data in (None, 3, [], {}, {"val_fraction": 0.1}))]
     + [{"data": {"val_fraction": f, "split_seed": s}} for f, s in ((2, 0), ("x", 0), (math.nan, 0), (0.1, math.inf))],
 )
-def test_a_split_that_is_missing_or_nonsense_is_none(config: object) -> None:
-    assert split_of({} if config is None else {"config": config}) is None
-    told = {"data": {"val_fraction": 0.2, "split_seed": 4}}
-    assert split_of({**told, **({} if config is None else {"config": config})}) == (0.2, 4)
+def test_a_split_that_is_missing_or_nonsense_is_none(provenance: dict[str, Any]) -> None:
+    assert split_of(provenance) is None
+    assert split_of({"data": {"val_fraction": 0.2, "split_seed": 4}}) == (0.2, 4)
 
 
 def test_the_split_of_a_run_is_known_by_its_photos(oxford_root: Path) -> None:
@@ -437,7 +436,9 @@ def test_the_picture_shows_the_eight_worst_at_a_threshold(
     monkeypatch.setattr(plots, "grid", lambda *args: shown.append(args))
     pairs = find(oxford_root, Split.TRAINVAL)[:12]
     result = evaluate(red, pairs, H, W)
-    plots.worst(result, OpenedModel(red, H, W, 0.9, "m.onnx", "ab" * 32, "red"), pairs, 0.6, tmp_path / "worst.png")
+    plots.worst(
+        result, OpenedModel(red, H, W, 0.9, "m.onnx", "ab" * 32, "red", 0.3), pairs, 0.6, tmp_path / "worst.png"
+    )
     ious = dict(zip(result.names, result.image_ious(0.6, Border.BACKGROUND), strict=True))
     ((run, worst, height, width, threshold, path),) = shown
     assert (run, height, width, threshold, path) == (red, H, W, 0.6, tmp_path / "worst.png")

@@ -91,13 +91,6 @@ def test_the_best_epoch_is_the_one_of_the_highest_iou() -> None:
     assert reached(rows, 4)["best"] == rows[1].as_dict()
 
 
-def test_a_log_of_a_version_without_the_wall_clock_is_read_nevertheless(finished: Trainer) -> None:
-    found = reached([dataclasses.replace(row, elapsed=None, val_iou=0.9) for row in finished.state.history], 4)
-    assert (found["elapsed"], found["validation_reached_published"]["elapsed"]) == (None, None)
-    assert "elapsed" not in found["best"]
-    assert found["images_per_s"] == record(finished)["images_per_s"]
-
-
 def test_the_share_of_waiting_is_over_the_whole_run(finished: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         dataclasses.replace(row, seconds=s, data_wait=w)

@@ -317,9 +317,9 @@ def test_the_licence_is_shown_for_oxfords_photos_only(
     assert ("belong to their data set" in text) is oxfords
 
 
-@pytest.mark.parametrize(("cutout", "said"), [(0.3, True), (0.6, False), (None, False)])
+@pytest.mark.parametrize(("cutout", "said"), [(0.3, True), (0.6, False)])
 def test_two_thresholds_are_explained_where_there_are_two(
-    make: Maker, pairs: list[Pair], cutout: float | None, said: bool
+    make: Maker, pairs: list[Pair], cutout: float, said: bool
 ) -> None:
     text = make(pairs[:4], model=dataclasses.replace(MODEL, cutout_threshold=cutout)).page.text
     assert ("two thresholds: one for masks , which" in text) is said
@@ -476,10 +476,7 @@ def test_thresholds_are_marked(make: Maker, pairs: list[Pair]) -> None:
     for chart in charts:
         for words in ("mask 0.60", "cutout 0.30", "used 0.45"):
             assert words in chart
-    own = dataclasses.replace(MODEL, cutout_threshold=None)
-    html = make(pairs[:2], 0.6, own).html
-    assert "used 0.60" not in html
-    assert not re.search("cutout 0", html)
+    assert "used 0.60" not in make(pairs[:2], 0.6).html
 
 
 def test_where_the_model_comes_from(make: Maker, pairs: list[Pair]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import shutil
@@ -25,7 +24,7 @@ from petseg.lock import LOCK
 from petseg.log import LOG
 from petseg.metrics import PET
 from petseg.record import record
-from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile, check_same_run
+from petseg.run_state import BEST, LAST, QUICK_SAVE, RunState, StateFile
 from petseg.train import Trainer
 from petseg_runtime.errors import CheckpointError, EngineError, TrainingError
 from tiny_runs import (
@@ -60,25 +59,6 @@ def test_last_holds_weights_average_and_optimizer(whole: Run) -> None:
     moments = {n for n in last.tensors if n.endswith("/exp_avg_sq")}
     assert len(moments) == len(list(whole.trainer.model.parameters()))
     assert same_tensors({n: last.tensors[n] for n in names}, whole.trainer.model.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("before", "said"),
-    [
-        (
-            {},
-            r"an older version, which kept 2 photos whose pet .* \(pet_05, pet_06\); .* --init",
-        ),
-        ({"skipped_too_small": []}, "trained on other photos than these"),
-    ],
-)
-def test_a_state_from_before_photos_with_tiny_pets_were_excluded_says_so(
-    tmp_path: Path, before: dict[str, Any], said: str
-) -> None:
-    saved = {"data": {"names_sha256": "a", **before}}
-    meta = {"data": {"names_sha256": "b", "skipped_too_small": ["pet_05", "pet_06"]}, "masks": {}}
-    with pytest.raises(TrainingError, match=said):
-        check_same_run(saved, meta, tmp_path)
 
 
 @pytest.mark.usefixtures("usual_disk")
@@ -179,6 +159,11 @@ def test_a_run_whose_best_checkpoint_is_gone_keeps_another(
     assert f"{BEST} is missing or damaged; the best of the epochs from here on is kept" in observer.messages
     kept = load(trainer.fit()).meta["validation"]
     assert record(trainer)["best"] == kept == max(observer.rows, key=lambda row: row.val_iou).as_dict()
+    best = load(tmp_path / BEST)
+    for row in (None, {}, {**kept, "epoch": "first"}):
+        save_checkpoint(tmp_path / BEST, best.tensors, {**best.meta, "validation": row})
+        with pytest.raises(CheckpointError, match=rf"{BEST}: its validation row is damaged or incomplete"):
+            record(trainer)
     (tmp_path / BEST).unlink()
     with pytest.raises(CheckpointError, match=rf"{BEST}: no such file"):
         record(trainer)
@@ -270,7 +255,7 @@ def test_settings_that_say_where_and_how_long_may_change_on_resume(
     "setting", ["augment.mix=0.5", "augment.mix_until=0.5", "loss.features=0.25", "schedule.warmup=0.2"]
 )
 def test_settings_without_effect_may_differ(oxford_root: Path, tmp_path: Path, whole: Run, setting: str) -> None:
-    """For example a recipe's settings of a teacher, in a run without one that began with an older recipe."""
+    """For example a recipe's settings of a teacher, in a run without one that began with another recipe."""
     stop = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
         Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=stop).fit()
@@ -305,13 +290,18 @@ def test_other_masks_are_rejected_on_resume_and_named(
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
 
 
-def test_a_state_from_before_masks_were_recorded_can_be_resumed(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    last = whole.last
-    assert {part: len(names) for part, names in last.meta["masks"].items()} == {"train": 22, "val": 2}
+def test_the_state_has_the_digest_of_each_mask_and_the_model_one_of_all(whole: Run) -> None:
+    assert {part: len(names) for part, names in whole.last.meta["masks"].items()} == {"train": 22, "val": 2}
     assert "masks" not in whole.best.meta
     assert whole.best.meta["data"]["masks_sha256"] == record(whole.trainer)["data"]["masks_sha256"]
-    save_checkpoint(tmp_path / LAST, last.tensors, {k: v for k, v in last.meta.items() if k != "masks"})
-    assert Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).state.step == EPOCHS * PER_EPOCH
+
+
+@pytest.mark.parametrize("part", ["masks", "warnings", "state"])
+def test_an_incomplete_state_is_damage(oxford_root: Path, tmp_path: Path, whole: Run, part: str) -> None:
+    meta = {name: value for name, value in whole.last.meta.items() if name != part}
+    save_checkpoint(tmp_path / LAST, whole.last.tensors, meta)
+    with pytest.raises(CheckpointError, match=rf"last\.safetensors: the state in it is .* incomplete .*{part}"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
 
 
 def test_a_folder_that_holds_a_run_is_rejected(oxford_root: Path, whole: Run) -> None:
@@ -412,23 +402,6 @@ def test_when_a_run_has_stalled(patience: int, ious: list[float], stalled: bool)
     for iou in ious:
         state.next_epoch(iou)
     assert state.stalled(patience) is stalled
-
-
-def test_a_log_of_an_older_version_continues_with_more_columns(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
-    with pytest.raises(Crash):
-        Trainer(tiny(), oxford_root, tmp_path, device=CPU, observer=Recorder(at_step=at(PER_EPOCH + 1, crash))).fit()
-    last = load(tmp_path / LAST)
-    del last.meta["state"]["history"][0]["skipped"], last.meta["state"]["elapsed"], last.meta["state"]["peak_memory"]
-    row = last.meta["state"]["history"][0]
-    mean = row["val_mean_iou_border_ignored"] = row.pop("val_mean_iou_border_ignored_at_0.5")
-    save_checkpoint(tmp_path / LAST, last.tensors, last.meta)
-    Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True).fit()
-    with (tmp_path / LOG).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["skipped"] for row in rows] == ["", "0", "0"]
-    assert "val_mean_iou_border_ignored" not in rows[0]
-    assert float(rows[0]["val_mean_iou_border_ignored_at_0.5"]) == mean
-    assert same_tensors(load(tmp_path / LAST).tensors, whole.last.tensors)
 
 
 @pytest.mark.parametrize(

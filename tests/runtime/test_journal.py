@@ -169,26 +169,6 @@ def test_a_photo_is_recognised_however_its_path_is_spelled(
     assert is_finished(folder, Item(Path(then or source), PurePath("cat")))
 
 
-def test_a_journal_with_paths_as_typed_is_still_read(
-    folder: Path, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As earlier versions wrote it, and without the suffixes of results."""
-    cat = photo()
-    note(folder, cat)
-    header, line = map(json.loads, (folder / JOURNAL).read_text().splitlines())
-    line["source"][0] = "cat.jpg"
-    del line["suffix"]
-    (folder / JOURNAL).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
-    monkeypatch.chdir(tmp_path)
-    assert is_finished(folder, cat)
-    monkeypatch.chdir(folder)  # the relative path does not exist there
-    assert not is_finished(folder, cat)
-    for odd in ("cat\0", "x" * 9000, 7, None, ""):
-        line["source"][0] = odd
-        (folder / JOURNAL).write_text(f"{json.dumps(header)}\n{json.dumps(line)}\n")
-        assert not is_finished(folder, cat)
-
-
 def test_a_run_knows_which_photos_are_noted(folder: Path, photo: Photo) -> None:
     cat, dog = photo("cat"), photo("dog")
     note(folder, cat)

@@ -126,9 +126,8 @@ def _parity_lines(record: dict[str, Any]) -> list[tuple[str, str]]:
 def _road_line(verified: dict[str, Any]) -> str:
     """The line about pre- and postprocessing in a result of `petseg verify`, which any program may have written."""
     road = verified.get("road")
-    if not isinstance(road, dict):
-        return "pre- and postprocessing: not verified yet; run `petseg verify` again"
-    return f"pre- and postprocessing: {road.get('summary', 'this version of petseg cannot read the result')}"
+    summary = road.get("summary") if isinstance(road, dict) else None
+    return f"pre- and postprocessing: {summary or 'this version of petseg cannot read the result'}"
 
 
 def _plain(value: Any) -> str:
