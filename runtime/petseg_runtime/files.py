@@ -108,7 +108,7 @@ def _check_replaceable(path: Path) -> None:
         OSError: One would be.
     """
     special = path.exists() and not path.is_file() and not path.is_dir()
-    if special or os.path.realpath(path.parent) == "/dev":
+    if special or (path.parent.exists() and path.parent.samefile("/dev")):
         raise OSError(errno.EINVAL, "a device or pipe cannot be replaced by a file", str(path))
 
 

@@ -223,11 +223,6 @@ def linked_description(path: Path) -> None:
     linked(sidecar(path))
 
 
-def piped(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 def described(**changes: Any) -> Callable[[Path], None]:
     def describe(path: Path) -> None:
         sidecar(path).write_text(json.dumps(json.loads(sidecar(path).read_text()) | changes))
@@ -253,7 +248,6 @@ DAMAGED = "its description is damaged"
         pytest.param(lambda path: path.write_bytes(b""), "the cached file's SHA-256 differs", id="empty"),
         pytest.param(lambda path: path.unlink(), "No such file or directory", id="gone"),
         pytest.param(linked, "symbolic links", id="link"),
-        pytest.param(piped, "is not a regular file", id="pipe"),
         pytest.param(linked_description, "symbolic links", id="description is a link"),
         pytest.param(lambda path: sidecar(path).unlink(), "No such file or directory", id="description gone"),
         pytest.param(copied, "compiled from or for something else", id="wrong key"),
@@ -283,6 +277,17 @@ def test_an_invalid_entry_is_recompiled_and_the_reason_reported(
     assert words in again.why
     assert re.fullmatch(r"compiled again in \d+\.\d s: .*", again.note)
     assert compiled(SLOT, make) == Compiled(data=b"compiled 2", environment={"count": 2})
+
+
+def test_a_pipe_in_the_place_of_an_entry_is_neither_read_nor_replaced(folder: Path, make: Compiler) -> None:
+    path = SLOT.path(folder)
+    compiled(SLOT, make)
+    path.unlink()
+    os.mkfifo(path)
+    again = compiled(SLOT, make)
+    assert (again.data, again.not_kept) == (b"compiled 2", "a device or pipe cannot be replaced by a file")
+    assert "is not a regular file" in again.why
+    assert path.is_fifo()
 
 
 def test_a_file_rejected_by_the_engine_is_recompiled(folder: Path, make: Compiler) -> None:
