@@ -208,6 +208,15 @@ def test_photos_are_identified_by_pixels_not_names() -> None:
     assert some.among(parity.Photos(("a",), pixels[2:], None)) == 0
 
 
+def test_the_digest_of_photos_is_over_names_and_pixels() -> None:
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    about = parity.Photos(("a", "b"), pixels, None).about
+    assert about["photos"] == 2
+    renamed = parity.Photos(("a", "c"), pixels, None).about
+    changed = parity.Photos(("a", "b"), pixels + 1, None).about
+    assert len({each["sha256"] for each in (about, renamed, changed)}) == 3
+
+
 def test_labels_keep_their_original_size(oxford_root: Path) -> None:
     pairs = find(oxford_root, Split.TEST)
     read = parity.read(pairs, SPEC)
