@@ -84,7 +84,7 @@ def out(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a complete lease, in pieces of 100 kB."""
     folder = tmp_path_factory.mktemp("lease") / "out"
     teacher = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    spec = {"height": 32, "width": 32, "threshold": 0.5}
+    spec = {"height": 32, "width": 32, "threshold": 0.5, "cutout_threshold": 0.1}
     meta = {"kind": "model", "model": {"width": 2}, "spec": spec}
     checkpoint.save_checkpoint(teacher, AttentionUNet(AttentionUNetConfig(width=2)).state_dict(), meta)
     with pytest.MonkeyPatch.context() as patch:
@@ -214,7 +214,7 @@ def test_only_kernels_are_rounded(weights: Path, tmp_path: Path) -> None:
     statistics = [name for name in state if name.endswith("running_var")]
     for name in statistics:
         state[name] = torch.full_like(state[name], 1e-9)
-    spec = {"height": 32, "width": 32, "threshold": 0.5}
+    spec = {"height": 32, "width": 32, "threshold": 0.5, "cutout_threshold": 0.1}
     meta = {"kind": "model", "model": {"width": 2}, "spec": spec, "provenance": {}}
     checkpoint.save_checkpoint(tmp_path / "best.safetensors", state, meta)
     lease.rounded(tmp_path / "best.safetensors", tmp_path / "half.safetensors")
