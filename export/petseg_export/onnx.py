@@ -213,15 +213,12 @@ def _strip(proto: onnx.ModelProto) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's progress and its warnings about its internals; errors still propagate."""
-    # Each has a level of its own. Only torch 2.6 warns from the second (of guards for the sizes of the example).
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("onnx", "fx.experimental.symbolic_shapes")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    root = logging.getLogger("torch.onnx")
+    level = root.level
+    root.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        root.setLevel(level)

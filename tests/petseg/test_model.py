@@ -378,7 +378,7 @@ def test_normalize_has_gradients_after_a_validation() -> None:
     torch.testing.assert_close(image.grad[0, 0, 0], 1 / (255 * torch.tensor([0.229, 0.224, 0.225])))
 
 
-# torch 2.6 warns of the constants that it lifts itself.
+# torch 2.7 warns of the constants that it lifts itself.
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node", "ignore:Node lifted_tensor_")
 @pytest.mark.parametrize("strict", [False, True])
 def test_normalize_can_be_traced_and_keeps_nothing_of_it(strict: bool) -> None:
