@@ -73,7 +73,9 @@ class Checkpoint:
             # ModelSpec has default thresholds, which were not chosen for this model.
             chosen = {name: raw[name] for name in ("threshold", "cutout_threshold")}
             return ModelSpec(**{"name": "", **raw, **chosen})
-        except (KeyError, TypeError, ModelError) as error:
+        except KeyError as error:
+            raise CheckpointError(f"its specification is damaged (it lacks {error})") from error
+        except (TypeError, ModelError) as error:
             raise CheckpointError(f"its specification is damaged ({error})") from error
 
 

@@ -275,8 +275,8 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         settings = {
             "device_id": str(device.index),
             "use_tf32": str(int(tf32)),
-            # The default, EXHAUSTIVE, is slow, and is repeated for every convolution when the batch size changes, as it
-            # does in a folder of photos.
+            # The default, EXHAUSTIVE, is slow, and is done for every convolution at each new batch size; in a folder of
+            # photos, there are several.
             "cudnn_conv_algo_search": "HEURISTIC",
         }
         # One thread, since the GPU computes. 0 would start a thread for each core, pinned to it, and log an error for
