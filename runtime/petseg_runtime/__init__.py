@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from petseg_runtime.spec import ModelSpec
     from petseg_runtime.video.stream import Stream
 
+if sys.platform == "win32":
+    raise ImportError("petseg does not run on Windows itself; install it in WSL, the Windows Subsystem for Linux")
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 # OpenVINO reports every import. No setting of a program prevents that, but without this package it does not report.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
