@@ -209,7 +209,9 @@ def test_an_unknown_package_attribute_is_an_error() -> None:
 
 def test_windows_is_rejected_with_a_reason() -> None:
     done = python("import sys\nsys.platform = 'win32'\nimport petseg_runtime")
-    assert done.stderr.splitlines()[-1].startswith("ImportError: petseg does not run on Windows itself; install it in WSL")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: petseg does not run on Windows itself; install it in WSL"
+    )
 
 
 def test_a_type_checker_rejects_a_misspelt_name(tmp_path: Path) -> None:
