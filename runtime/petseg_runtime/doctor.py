@@ -46,6 +46,9 @@ _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
 
+#: The compute capabilities that TensorRT for RTX builds for unless others are requested.
+_RTX_GPUS: Final = ("8.6", "8.9", "12.0")
+
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
     signal.SIGKILL: "the system killed it, most likely because memory ran out",
@@ -396,7 +399,8 @@ def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
         # The CPU package of ONNX Runtime has to be removed before that for GPUs is installed.
         away = "pip uninstall onnxruntime, then " if "onnxruntime" in _packages_of("onnxruntime") else ""
-        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or f"{install('rtx')}, or {away}{install('gpu')}"
+        rtx = f"{install('rtx')}, or " if gpus[0].compute_capability in _RTX_GPUS else ""
+        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or f"{rtx}{away}{install('gpu')}"
         found.append(f"there is an NVIDIA GPU, but no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
         found.append(f"no engine works: {install('cpu')}")

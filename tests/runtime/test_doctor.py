@@ -255,6 +255,8 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     installed.append("onnxruntime")
     (problem,) = doctor._problems((GPU,), (check, working), Ffmpeg())
     assert problem.endswith(f", or pip uninstall onnxruntime, then {install('gpu')}"), "or they break each other"
+    hopper = dataclasses.replace(GPU, compute_capability="9.0")
+    assert install("rtx") not in doctor._problems((hopper,), (check, working), Ffmpeg())[0]
     old = dataclasses.replace(GPU, driver="CUDA 12.4")
     assert "works: the driver is for CUDA 12.4" in doctor._problems((old,), (check, working), Ffmpeg())[0]
     assert doctor._problems((GPU,), (dataclasses.replace(check, works=True), working), Ffmpeg()) == []
