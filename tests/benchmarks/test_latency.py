@@ -225,7 +225,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
     monkeypatch.setattr(latency, "cold_start", cold_start)
     monkeypatch.setattr(latency, "opened", lambda case: latency.Opened(lambda batch: batch, about(case), lambda: None))
     monkeypatch.setattr(latency, "alternated", alternated)
-    monkeypatch.setattr(latency.records, "CALIBRATION_SECONDS", 0)
     return works
 
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -366,7 +366,7 @@ def test_an_overlong_run_is_stopped_and_its_best_checkpoint_used(
         """Its first wait ends with the first checkpoint, however long that takes."""
 
         def wait(self, timeout: float | None = None) -> int:
-            while not best.exists() and not kept:
+            while not best.exists():
                 assert self.poll() is None
                 time.sleep(0.05)
             return super().wait(timeout)
@@ -377,9 +377,14 @@ def test_an_overlong_run_is_stopped_and_its_best_checkpoint_used(
     (told,) = lease.trained([tmp_path / "run"])
     assert 1 <= told["epochs"] < 100_000
     assert kept[0]["spec"]["height"] == 32
-    kept.append({})
-    with pytest.raises(SystemExit, match="left no checkpoint"):
-        lease.train(replace(endless, settings=(*endless.settings, "batch=1")), tmp_path / "other", math.inf, print)
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_ends_the_lease(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Job, "words", lambda *_: ["sh", "-c", "exit 4"])
+    with pytest.raises(SystemExit, match="ended with exit code 4 and left no checkpoint"):
+        lease.train(job(data), tmp_path / "run", math.inf, print)
 
 
 def test_better_checkpoints_are_saved_during_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,9 +402,11 @@ def test_better_checkpoints_are_saved_during_a_run(data: Path, tmp_path: Path, m
             raise (OSError(28, "No space left on device"), OutputError("no space"))[len(kept) - 1]
 
     monkeypatch.setattr(Job, "words", lambda *_: ["bash", "-c", script])
+    # The time is up once the third one is kept.
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: 1000.0 * (len(kept) == 3)))
     monkeypatch.setattr(lease, "LOOK", 0.1)
     monkeypatch.setattr(lease, "STOPPING", 0.3)
-    assert lease.train(job(data), run, 5, keep) == -9
+    assert lease.train(job(data), run, 500, keep) == -9
     assert kept == ["1", "2", "3"]
 
 
