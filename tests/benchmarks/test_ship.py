@@ -74,6 +74,7 @@ def place(oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("known_graph")  # four exports of the same network
 def test_a_shipped_model_is_measured_verified_and_recorded(run: Path, place: Path) -> None:
     words = [str(run / "best.safetensors"), "--data", str(place / "data"), "--run", str(run)]
     before = open_artifact(place / "models" / "edge.onnx")
