@@ -12,7 +12,6 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,16 +34,6 @@ from petseg_runtime.errors import DataError, OutputError
 SMALL = ["model.width=4", "batch=4", "amp=fp32", "data.val_fraction=0.25", "data.split_seed=3", "data.workers=0"]
 SET = [word for setting in SMALL for word in ("--set", setting)]
 KINDS = ("background", "pet", "ignored")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
