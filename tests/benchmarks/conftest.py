@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import records
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Undo what measuring with all cores leaves behind: the networks that later tests train are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_calibration() -> Iterator[None]:
+    """Each record that a test writes would take a second for the machine's speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CALIBRATION_SECONDS", 0)
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import getpass
 import importlib.metadata
 import json
@@ -86,6 +87,7 @@ def test_make_uses_only_tensorrt_from_the_system(tmp_path: Path) -> None:
     assert (environment / "tensorrt").resolve() == system / "tensorrt"
 
 
+@functools.cache
 def ours(name: str) -> list[Path]:
     """The files that an import of our module ``name`` runs: its packages' and its own; none if it is not ours."""
     parts, roots = name.split("."), ("", "export", "runtime", "tests/petseg", "tests/runtime")

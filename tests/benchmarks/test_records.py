@@ -18,7 +18,6 @@ from petseg_runtime.artifact import default_model, open_artifact
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A calibration of one small matmul; each test is a program that has just begun."""
-    monkeypatch.setattr(records, "CALIBRATION_SECONDS", 0)
     monkeypatch.setattr(records, "CALIBRATION_SIZE", 256)
     records.checkout.cache_clear()
     yield

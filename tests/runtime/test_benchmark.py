@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import IN_ONNXRUNTIME
 from petseg.cli import run
 from petseg_runtime import benchmark, doctor
 from petseg_runtime.artifact import Artifact
@@ -176,7 +177,7 @@ def test_ctrl_c_exits_with_130_and_empty_stdout(proven: Artifact) -> None:
     text = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from petseg.cli import main; main()"
     )
-    command = [sys.executable, "-c", text, "benchmark", str(proven.path), "--seconds", "1000000"]
+    command = [sys.executable, "-c", text, "benchmark", str(proven.path), *IN_ONNXRUNTIME, "--seconds", "1000000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

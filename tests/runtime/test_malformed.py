@@ -45,7 +45,7 @@ from raw_files import block, chunk, raw_png, varint
 Action: TypeAlias = Callable[[], object]
 
 #: Runs of the fuzzer for each of the two readers, as part of the tests.
-RUNS = int(os.environ.get("PETSEG_FUZZ_RUNS", "3000"))
+RUNS = int(os.environ.get("PETSEG_FUZZ_RUNS", "1500"))
 #: Wall time per input; generous, because it must tell a hang from slow work on a busy machine.
 SECONDS = 60
 #: A picture of as many pixels as the harness allows is held as RGBA, as RGB and in the decoder's internal format.

@@ -358,7 +358,7 @@ def test_an_engine_that_fails_midway_exits_with_5_and_reports_results(
 
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
 def test_a_signal_stops_cleanly_and_reports_results(proven: Artifact, number: str, code: int, said: str) -> None:
-    command = [sys.executable, "-m", "petseg.cli", "benchmark", str(proven.path), "--sustained", "0.5", "--json"]
+    command = [sys.executable, "-m", "petseg.cli", "benchmark", str(proven.path), "--sustained", "0.2", "--json"]
     with subprocess.Popen(
         [*command, *IN_ONNXRUNTIME], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:

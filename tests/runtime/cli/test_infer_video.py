@@ -243,16 +243,16 @@ def test_a_background_is_decoded_only_once(
 
 def test_output_path_checks_of_many_files_are_not_pairwise(tmp_path: Path) -> None:
     """Pairwise comparison would take minutes."""
-    count = 30_000
+    count = 10_000
     origins = [Origin(f"in/{n}.mp4", f"in/{n}.mp4", PurePath(f"{n}")) for n in range(count)]
     photos = {f"in/{n}.jpg": str(tmp_path / "out" / f"{n}.jpg.png") for n in range(count)}
     output = infer_video.Output(folder=tmp_path / "out", kind="mask", format="png")
     start = time.monotonic()
     checked = infer_video.check_places(output, origins, photos, resume=False)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 10
     assert len(checked.reserved) == 4 * count
-    photos["in/x.jpg"] = str(tmp_path / "out" / "29999" / "deep" / "x.png")
-    with pytest.raises(OutputError, match=r"results of in/29999\.mp4 and in/x\.jpg would mix"):
+    photos["in/x.jpg"] = str(tmp_path / "out" / "9999" / "deep" / "x.png")
+    with pytest.raises(OutputError, match=r"results of in/9999\.mp4 and in/x\.jpg would mix"):
         infer_video.check_places(output, origins, photos, resume=False)
 
 

@@ -550,6 +550,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A new fake machine for each test; at the end nothing may have leaked or been misused, in every test."""
     world = World()
     monkeypatch.setattr(Stand, "world", world, raising=False)
+    gc.freeze()  # otherwise the collection below would scan all modules that other tests have imported: half a second
     yield world
     gc.collect()  # errors that a test has caught hold frames, which hold objects of the library
     world.check_clean()

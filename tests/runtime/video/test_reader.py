@@ -221,7 +221,6 @@ def test_a_start_skips_exactly_the_frames_before_it(tmp_path: Path, start: float
     assert brightness(frames[0]) == pytest.approx(20 + 2 * first, abs=1)
 
 
-@pytest.mark.parametrize("start", [0.04, 0.1, 1.02, 3.9])
 @pytest.mark.parametrize(
     ("name", "codec"),
     [
@@ -229,12 +228,14 @@ def test_a_start_skips_exactly_the_frames_before_it(tmp_path: Path, start: float
         *(("clip.mkv", "libx264"), ("clip.mpg", "mpeg2video"), ("clip.ts", "mpeg2video"), ("clip.webm", "libvpx-vp9")),
     ],
 )
-def test_a_start_is_exact_without_an_index(tmp_path: Path, name: str, codec: str, start: float) -> None:
+def test_a_start_is_exact_without_an_index(tmp_path: Path, name: str, codec: str) -> None:
     clip = write(tmp_path / name, 100, codec=codec, g="12")
-    whole = [brightness(frame) for frame in read(clip) if frame.time >= start - 1e-3]
-    frames = read(clip, start=start)
-    assert [brightness(frame) for frame in frames] == pytest.approx(whole, abs=1)
-    assert frames[0].pts == frames[0].number == 0
+    whole = [(frame.time, brightness(frame)) for frame in read(clip)]
+    for start in (0.04, 0.1, 1.02, 3.9):
+        frames = read(clip, start=start)
+        later = [light for time, light in whole if time >= start - 1e-3]
+        assert [brightness(frame) for frame in frames] == pytest.approx(later, abs=1), start
+        assert frames[0].pts == frames[0].number == 0
 
 
 def test_a_start_shifts_the_audio(tmp_path: Path) -> None:
@@ -354,7 +355,7 @@ def test_frames_are_freed_without_a_garbage_collection(tmp_path: Path) -> None:
     """There may be 60 MB of them per second."""
     alive = []
     with VideoReader(write(tmp_path / "clip.mp4", 100), threads=2) as reader:
-        gc.collect()
+        gc.freeze()  # what is there already is not listed below
         gc.disable()
         try:
             for frame in reader:
