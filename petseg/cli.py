@@ -18,7 +18,7 @@ import click
 
 from petseg_runtime import __version__
 from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
-from petseg_runtime.signals import leave_terminal, terminable
+from petseg_runtime.signals import leave_terminal, silence, terminable
 from petseg_runtime.text import shown
 
 __all__ = ["COMMANDS", "LazyGroup", "main"]
@@ -125,6 +125,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(run(sys.argv[1:] if args is None else args))
     except BaseException as end:
+        discard_unwritten()
         if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
             leave(end)
         raise
@@ -141,10 +142,21 @@ def leave(end: BaseException) -> NoReturn:
     else:
         code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else 1
         sys.excepthook(type(end), end, end.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, None, or its reader has gone away
-            stream.flush()
+        discard_unwritten()
     os._exit(code)
+
+
+def discard_unwritten() -> None:
+    """Flush standard output and standard error, and discard what they do not accept, after that was reported.
+
+    At exit, Python would try again, print another error, and change the exit code to 120.
+    """
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # click's wrappers of them fail if one was closed (`2>&-`)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            silence(stream.fileno())
 
 
 def run(args: list[str]) -> int:
@@ -170,12 +182,9 @@ def run(args: list[str]) -> int:
         with contextlib.suppress(OSError):  # as in `report`
             error.show()
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone away (`| head`): this is no error, and nobody would read a message.
-        if sys.stderr is not None:  # it is None if it was closed (`2>&-`)
-            sys.stderr.close()
-        return 1
     except OSError as error:
+        if error.filename is None and isinstance(error.__context__, KeyboardInterrupt):
+            return EXIT_INTERRUPTED  # click ends the terminal's line after ^C, but standard error cannot be written to
         return of_system(error)
 
 
@@ -212,8 +221,6 @@ def of_system(error: OSError) -> int:
     if error.errno not in FULL or error.filename is not None:
         raise error
     report(f"standard output cannot be written to ({error.strerror})")
-    with contextlib.suppress(OSError):
-        sys.stdout.close()  # otherwise, Python would try again at exit, and print another error
     return OutputError.exit_code
 
 
