@@ -119,6 +119,7 @@ def petseg() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; an error raised on purpose is printed as one line and sets the exit code."""
+    fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may have characters that the locale lacks
@@ -129,6 +130,18 @@ def main(args: list[str] | None = None) -> None:
         if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
             leave(end)
         raise
+
+
+def fill_standard_descriptors() -> None:
+    """Open the null device in place of standard streams that are closed (`2>&-`); for Python, they remain closed.
+
+    Otherwise, the next files would get their descriptors, and what a C library prints, such as libtiff on a damaged
+    photo, would be written into a result or the journal.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
 
 
 def leave(end: BaseException) -> NoReturn:

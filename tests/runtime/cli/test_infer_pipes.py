@@ -127,6 +127,19 @@ def test_a_closed_stderr_does_not_stop_the_run(reds: list[str], tmp_path: Path) 
     assert len(files(tmp_path / "out")) == 6
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_files_never_get_the_descriptors_of_closed_standard_streams(tmp_path: Path, closed: str) -> None:
+    """A C library that prints to standard error would write into them."""
+    program = (
+        "import os, sys\nfrom petseg import cli\n"
+        "cli.petseg.main = lambda **_: os.write(file := os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), b'%d' % file)\n"
+        "cli.main([])"
+    )
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program, str(tmp_path / "file")]
+    subprocess.run(shell, timeout=100)
+    assert int((tmp_path / "file").read_text()) > 2
+
+
 class Stdin:
     """A replacement for standard input."""
 
