@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -103,6 +104,53 @@ def test_a_name_that_is_too_long_is_a_one_line_error(
     monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: os.stat("a\n" * 200))  # noqa: PTH116 (Path may hide it)
     assert run(["verify"]) == 1
     assert capsys.readouterr().err == "petseg: " + r"a\n" * 200 + ": no file can have so long a name\n"
+
+
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every command raise an error."""
+
+    def main(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("petseg.cli.petseg.main", main)
+
+
+NO_THREAD = "no more threads or processes can be started: raise the limit (ulimit -u, or the container's)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("can't start new thread"), 1, NO_THREAD),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, NO_THREAD),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "too many open files: raise the limit (ulimit -n)"),
+        (MemoryError(), 1, "not enough memory"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+            1,
+            "no folder for temporary files can be written to; name one in the variable TMPDIR",
+        ),
+        (
+            ImportError("libc10.so: no such file", name="torch._C", path="/p/torch/_C.so"),
+            7,
+            "/p/torch/_C.so: cannot be imported (libc10.so: no such file)",
+        ),
+    ],
+    ids=["thread", "process", "files", "memory", "temporary", "library"],
+)
+def test_a_limit_of_the_system_is_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int, said: str
+) -> None:
+    fail_with(error, monkeypatch)
+    assert run(["info"]) == code
+    assert capsys.readouterr() == ("", f"petseg: {said}\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ImportError("cannot import name", name="petseg.data")])
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    fail_with(error, monkeypatch)
+    with pytest.raises(type(error)):
+        run(["info"])
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
