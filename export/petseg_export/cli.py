@@ -100,6 +100,7 @@ def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: boo
         raise click.UsageError("Missing argument 'CHECKPOINT'.")
     config = FORMATS[format_name].config(**_settings(format_name, options))
     check(config)
+    Path.cwd()  # if it was deleted, importing torch would end the process, with another message
     tempfile.gettempdir()  # torch.export needs the folder, and would hide the error that there is none
     from petseg_export.build import export as build  # torch and onnx are imported only once the request is valid
 

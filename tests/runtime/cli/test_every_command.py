@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -87,14 +88,19 @@ def test_an_invalid_number_exits_with_2(args: list[str], value: str, capsys: pyt
     assert f"Invalid value for '{args[-1]}': {value} is not" in err
 
 
+@pytest.mark.parametrize(
+    "args",
+    [["infer", "{0}"], ["export", "{0}", "-o", "{0}.onnx"], ["train", "--data", "{0}", "--output", "{0}.run"]],
+    ids=itemgetter(0),
+)
 def test_a_deleted_working_folder_is_a_one_line_error(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert run(["infer", str(photo)]) == 1
+    assert run([arg.format(photo) for arg in args]) == 1
     assert capsys.readouterr() == ("", "petseg: the current folder was deleted; change to another (cd)\n")
 
 
