@@ -134,6 +134,8 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may have characters that the locale lacks
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+        os.set_blocking(stream.fileno(), True)  # another program may share them and have changed that
     try:
         sys.exit(run(sys.argv[1:] if args is None else args))
     except BaseException as end:
