@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import click
 
 from petseg_runtime import __version__
-from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError
-from petseg_runtime.signals import leave_terminal, terminable
+from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, MissingExtra, OutputError, PetsegError, one_line
+from petseg_runtime.signals import leave_terminal, silence, terminable
 from petseg_runtime.text import shown
 
 __all__ = ["COMMANDS", "LazyGroup", "main"]
@@ -102,6 +102,17 @@ def missing(command: str, error: ModuleNotFoundError) -> MissingExtra:
     return MissingExtra(f"`petseg {command}` needs {error.name}, which is not installed: {install(extra)}")
 
 
+def unusable(error: ImportError) -> MissingExtra:
+    """Returns the error of a package that is installed, but cannot be imported: it lacks a library, for example.
+
+    Raises:
+        ImportError: The error is in petseg itself.
+    """
+    if (error.name or "").partition(".")[0] in ("petseg", "petseg_export", "petseg_runtime"):
+        raise error
+    return MissingExtra(f"{error.path or error.name or 'a package'}: cannot be imported ({one_line(error)})")
+
+
 @click.group(
     cls=Petseg,
     where={name: entry.where for name, entry in COMMANDS.items()},
@@ -119,15 +130,31 @@ def petseg() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; an error raised on purpose is printed as one line and sets the exit code."""
+    fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may have characters that the locale lacks
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
+        os.set_blocking(stream.fileno(), True)  # another program may share them and have changed that
     try:
         sys.exit(run(sys.argv[1:] if args is None else args))
     except BaseException as end:
+        discard_unwritten()
         if any(thread.daemon and thread.name.startswith("petseg-") for thread in threading.enumerate()):
             leave(end)
         raise
+
+
+def fill_standard_descriptors() -> None:
+    """Open the null device in place of standard streams that are closed (`2>&-`); for Python, they remain closed.
+
+    Otherwise, the next files would get their descriptors, and what a C library prints, such as libtiff on a damaged
+    photo, would be written into a result or the journal.
+    """
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(descriptor, True)
+        os.close(descriptor)
 
 
 def leave(end: BaseException) -> NoReturn:
@@ -141,10 +168,21 @@ def leave(end: BaseException) -> NoReturn:
     else:
         code = EXIT_INTERRUPTED if isinstance(end, KeyboardInterrupt) else 1
         sys.excepthook(type(end), end, end.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, None, or its reader has gone away
-            stream.flush()
+        discard_unwritten()
     os._exit(code)
+
+
+def discard_unwritten() -> None:
+    """Flush standard output and standard error, and discard what they do not accept, after that was reported.
+
+    At exit, Python would try again, print another error, and change the exit code to 120.
+    """
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # click's wrappers of them fail if one was closed (`2>&-`)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            silence(stream.fileno())
 
 
 def run(args: list[str]) -> int:
@@ -156,10 +194,11 @@ def run(args: list[str]) -> int:
     except PetsegError as error:
         report(shown(error))
         return error.exit_code
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         # From a command that does its heavy imports when it runs, not when it is imported.
-        problem = missing(next((word for word in args if word in COMMANDS), ""), error)
-        report(str(problem))
+        command = next((word for word in args if word in COMMANDS), "")
+        problem = missing(command, error) if isinstance(error, ModuleNotFoundError) else unusable(error)
+        report(shown(problem))
         return problem.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -170,12 +209,7 @@ def run(args: list[str]) -> int:
         with contextlib.suppress(OSError):  # as in `report`
             error.show()
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone away (`| head`): this is no error, and nobody would read a message.
-        if sys.stderr is not None:  # it is None if it was closed (`2>&-`)
-            sys.stderr.close()
-        return 1
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         return of_system(error)
 
 
@@ -183,6 +217,18 @@ def report(problem: str) -> None:
     """Print an error to stderr; if that cannot be written to, the exit code still says what happened."""
     with contextlib.suppress(OSError):
         click.echo(f"petseg: {problem}", err=True)
+
+
+def of_limits(error: BaseException) -> str | None:
+    """Which limit of this process was reached, and the remedy, if that is the error. None: it is not."""
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit (ulimit -n)"
+    no_process = isinstance(error, OSError) and error.errno == errno.EAGAIN and not hasattr(error, "characters_written")
+    if no_process or str(error) == "can't start new thread":
+        return "no more threads or processes can be started: raise the limit (ulimit -u, or the container's)"
+    return None
 
 
 def of_place(error: OSError) -> str | None:
@@ -194,26 +240,34 @@ def of_place(error: OSError) -> str | None:
             Path.cwd()
         except FileNotFoundError:
             return "the current folder was deleted; change to another (cd)"
+        if error.strerror and error.strerror.startswith("No usable temporary directory"):
+            return "no folder for temporary files can be written to; name one in the variable TMPDIR"
     return None
 
 
-def of_system(error: OSError) -> int:
-    """Returns the exit code if the error means that standard output cannot be written to, or that of :func:`of_place`.
+def of_system(error: Exception) -> int:
+    """Returns the exit code if the error means that a limit is reached, that no command can work in this place, or that
+    standard output cannot be written to.
 
     Raises:
-        OSError: The error has another cause.
+        Exception: The error has another cause.
     """
+    if why := of_limits(error):
+        report(why)
+        return 1
+    if not isinstance(error, OSError):
+        raise error
     if error.errno == errno.EIO and leave_terminal():  # the write failed before SIGHUP arrived
         return EXIT_HUNG_UP
     if why := of_place(error):
         report(why)
         return 1
+    if error.filename is None and isinstance(error.__context__, KeyboardInterrupt):
+        return EXIT_INTERRUPTED  # click ends the terminal's line after ^C, but standard error cannot be written to
     # Errors on files name the file, so this one is about standard output.
     if error.errno not in FULL or error.filename is not None:
         raise error
     report(f"standard output cannot be written to ({error.strerror})")
-    with contextlib.suppress(OSError):
-        sys.stdout.close()  # otherwise, Python would try again at exit, and print another error
     return OutputError.exit_code
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import re
 from collections.abc import Iterator
 from typing import Final
 
 from petseg_runtime.errors import EngineError
 
-__all__ = ["enough_memory"]
+__all__ = ["check_shared_memory", "enough_memory"]
 
 #: Out-of-memory errors of PyTorch, cuDNN, cuBLAS, NCCL and CUDA that have no exception class, and the error about a
 #: dead dataloader worker. cuDNN 9 has two new names for its error. If memory for a convolution's workspace is missing,
@@ -46,3 +47,14 @@ def enough_memory(remedy: str) -> Iterator[None]:
         if gone or NO_MEMORY.search(str(error)):
             raise EngineError(f"out of memory: {remedy} ({said})") from error
         raise
+
+
+def check_shared_memory() -> None:
+    """Raises EngineError if dataloader workers could not be started, because ``/dev/shm`` is missing or full."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise EngineError(
+            f"dataloader workers need shared memory ({error.strerror}): provide it (docker run --shm-size=2g), or use "
+            "no workers (--set data.workers=0)"
+        ) from error

@@ -30,7 +30,7 @@ from petseg.ema import MovingAverage
 from petseg.evaluate import Evaluation, Run, evaluate
 from petseg.lock import lock_folder
 from petseg.log import LOG, Row
-from petseg.memory import enough_memory
+from petseg.memory import check_shared_memory, enough_memory
 from petseg.metrics import Border, best_threshold
 from petseg.model import AttentionUNet, normalize
 from petseg.objective import Distillation, Objective
@@ -356,6 +356,8 @@ class Trainer:
     def _steps(self) -> Generator[Step, None, None]:
         """Issue the remaining steps of an epoch until a stop is requested; the caller settles them in this order."""
         schedule, peak, epochs = self.config.schedule, self.config.optimizer.lr, self.config.epochs
+        if self.loader.num_workers:
+            check_shared_memory()
         asked = time.perf_counter()
         for number, (photo, trimap, _) in enumerate(self.loader, self.state.step):
             self.state.waited += time.perf_counter() - asked

@@ -87,6 +87,14 @@ def no_shared_cache() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def buffered_output() -> Iterator[None]:
+    """Commands buffer their output, unlike in most containers: what cannot be written is then tried again at exit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONUNBUFFERED", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep what a test compiles or caches out of the user's folders and of the next test."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,8 @@ def export(checkpoint: Path | None, listed: bool, format_name: str, as_json: boo
         raise click.UsageError("Missing argument 'CHECKPOINT'.")
     config = FORMATS[format_name].config(**_settings(format_name, options))
     check(config)
+    Path.cwd()  # if it was deleted, importing torch would end the process, with another message
+    tempfile.gettempdir()  # torch.export needs the folder, and would hide the error that there is none
     from petseg_export.build import export as build  # torch and onnx are imported only once the request is valid
 
     with _progress(quiet) as watch:

@@ -164,6 +164,7 @@ def train(
     for option, path in (("--data", root), ("--output", output)):
         if path is None and not show:
             raise click.MissingParameter(ctx=click.get_current_context(), param_hint=option, param_type="option")
+    Path.cwd()  # if it was deleted, importing torch would end the process, with another message
 
     from petseg.config import reject_unused, to_toml
 

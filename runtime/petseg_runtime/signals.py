@@ -14,7 +14,7 @@ from typing import Final
 
 from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
 
-__all__ = ["EXITS", "HANG_UP", "handled", "leave_terminal", "terminable"]
+__all__ = ["EXITS", "HANG_UP", "handled", "leave_terminal", "silence", "terminable"]
 
 #: Sent when the terminal is gone: its window was closed, or the connection to this machine broke.
 HANG_UP: Final = signal.SIGHUP
@@ -96,10 +96,15 @@ def leave_terminal() -> bool:
     """
     gone = [number for number in (1, 2) if _is_gone(number)]
     for number in gone:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+        silence(number)
     return bool(gone)
+
+
+def silence(number: int) -> None:
+    """Redirect an open file descriptor to the null device: what is written to it from now on is discarded."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def _is_gone(number: int) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,16 @@ def test_a_failed_receipt_exits_with_10(
     assert "FAILED" in message
     assert "allowed -1/255" in message
     assert names(checkpoint.parent) == {"best.safetensors"}
+
+
+def test_no_folder_for_temporary_files_is_an_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    assert run(["export", str(checkpoint)]) == 1
+    said = "petseg: no folder for temporary files can be written to; name one in the variable TMPDIR\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def test_an_unwritable_output_exits_with_6(

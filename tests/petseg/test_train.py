@@ -153,6 +153,20 @@ def test_workers_change_nothing(oxford_root: Path, tmp_path: Path, whole: Run) -
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_without_shared_memory_are_an_error(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where /dev/shm is full: in a container, it has 64 MB."""
+
+    def lock() -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    trainer = Trainer(tiny("data.workers=1"), oxford_root, tmp_path, device=CPU)
+    monkeypatch.setattr(multiprocessing, "Lock", lock)
+    with pytest.raises(EngineError, match=r"need shared memory \(No such file.*--set data.workers=0\)"):
+        trainer.fit()
+
+
 def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_path: Path) -> None:
     seen: list[set[int | None]] = []
 

@@ -202,6 +202,9 @@ class _Movie:
         try:
             self._picture = self._add_video_stream(encoding, frame, painted, endless)
             self._sound = audio_writer(self._file, track, note, endless=endless) if track else None
+            # Else PyAV does so for the first packet; if that fails, the disk being full, it would try again for the
+            # next one, and FFmpeg would crash.
+            self._file.start_encoding()
         except BaseException:
             self._file.close()
             raise
@@ -249,13 +252,11 @@ class _Movie:
         try:
             yield
         except (av.error.InvalidDataError, av.error.PatchWelcomeError):
-            self._file.start_encoding()  # a no-op, unless the whole file is at fault: then it raises that error again
             self._note("part of the audio is damaged and is left out")
 
     def close(self) -> None:
         try:
-            if self._picture.codec_context.is_open:  # if it could not be opened, PyAV 19 crashes here
-                self._mux(self._picture.encode(None))
+            self._mux(self._picture.encode(None))
             if self._sound:
                 self._sound.close()
         finally:

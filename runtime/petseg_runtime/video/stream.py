@@ -355,7 +355,8 @@ class Stream:
         self._end_source()
         self._outputs.close()
         for thread, longest in ((self._threads[1], None), (self._threads[0], 1.0)):
-            if thread is not threading.current_thread():  # it is where a live source reports its state from `_decode`
+            # A live source reports its state from `_decode`, which is in the first thread. None: it could not start.
+            if thread is not threading.current_thread() and thread.ident is not None:
                 thread.join(longest)
         atexit.unregister(self.close)  # last, because Ctrl-C may come before
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -86,14 +88,19 @@ def test_an_invalid_number_exits_with_2(args: list[str], value: str, capsys: pyt
     assert f"Invalid value for '{args[-1]}': {value} is not" in err
 
 
+@pytest.mark.parametrize(
+    "args",
+    [["infer", "{0}"], ["export", "{0}", "-o", "{0}.onnx"], ["train", "--data", "{0}", "--output", "{0}.run"]],
+    ids=itemgetter(0),
+)
 def test_a_deleted_working_folder_is_a_one_line_error(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str]
 ) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert run(["infer", str(photo)]) == 1
+    assert run([arg.format(photo) for arg in args]) == 1
     assert capsys.readouterr() == ("", "petseg: the current folder was deleted; change to another (cd)\n")
 
 
@@ -103,6 +110,53 @@ def test_a_name_that_is_too_long_is_a_one_line_error(
     monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: os.stat("a\n" * 200))  # noqa: PTH116 (Path may hide it)
     assert run(["verify"]) == 1
     assert capsys.readouterr().err == "petseg: " + r"a\n" * 200 + ": no file can have so long a name\n"
+
+
+def fail_with(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every command raise an error."""
+
+    def main(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("petseg.cli.petseg.main", main)
+
+
+NO_THREAD = "no more threads or processes can be started: raise the limit (ulimit -u, or the container's)"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("can't start new thread"), 1, NO_THREAD),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, NO_THREAD),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "too many open files: raise the limit (ulimit -n)"),
+        (MemoryError(), 1, "not enough memory"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
+            1,
+            "no folder for temporary files can be written to; name one in the variable TMPDIR",
+        ),
+        (
+            ImportError("libc10.so: no such file", name="torch._C", path="/p/torch/_C.so"),
+            7,
+            "/p/torch/_C.so: cannot be imported (libc10.so: no such file)",
+        ),
+    ],
+    ids=["thread", "process", "files", "memory", "temporary", "library"],
+)
+def test_a_limit_of_the_system_is_a_one_line_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int, said: str
+) -> None:
+    fail_with(error, monkeypatch)
+    assert run(["info"]) == code
+    assert capsys.readouterr() == ("", f"petseg: {said}\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ImportError("cannot import name", name="petseg.data")])
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    fail_with(error, monkeypatch)
+    with pytest.raises(type(error)):
+        run(["info"])
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -122,17 +176,20 @@ def test_a_full_disk_behind_stdout_exits_with_6(
     assert done.returncode == 6
 
 
-@pytest.mark.parametrize("args", [["--help"], ["info", str(default_model())]], ids=["help", "info"])
-def test_a_pipe_closed_from_the_start_gives_no_traceback(args: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("args", "stderr"),
+    [("--help", ""), (f"info {default_model()}", ""), ("info", "2>&-")],
+    ids=["help", "info", "no stderr"],
+)
+def test_a_pipe_closed_from_the_start_exits_with_1_and_says_nothing(args: str, stderr: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
+    shell = ["sh", "-c", f'exec "$0" -m petseg.cli {args} {stderr}', sys.executable]
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "petseg.cli", *args], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100
-        )
+        done = subprocess.run(shell, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
     finally:
         os.close(writer)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("stderr", ["full", "reader gone", "closed"])
@@ -150,14 +207,17 @@ def test_an_unwritable_stderr_does_not_change_the_exit_code(args: list[str], cod
     assert done.returncode == code
 
 
+class Gone(io.StringIO):
+    """Standard error whose reader is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
 def test_a_signal_keeps_its_exit_code_with_an_unwritable_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     @terminable()
     def work() -> None:
         signal.raise_signal(signal.SIGTERM)
-
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stderr", Gone())
     with pytest.raises(SystemExit) as end:
@@ -165,13 +225,10 @@ def test_a_signal_keeps_its_exit_code_with_an_unwritable_stderr(monkeypatch: pyt
     assert end.value.code == 143
 
 
-def test_a_broken_pipe_with_stderr_closed_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**_: object) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr("petseg.cli.petseg.main", broken)
-    monkeypatch.setattr(sys, "stderr", None)
-    assert run(["info"]) == 1
+def test_ctrl_c_keeps_its_exit_code_with_an_unwritable_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg_runtime.cache.entries", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert run(["cache"]) == 130
 
 
 def test_output_to_a_closed_terminal_exits_as_after_sighup(tmp_path: Path) -> None:

@@ -127,6 +127,34 @@ def test_a_closed_stderr_does_not_stop_the_run(reds: list[str], tmp_path: Path) 
     assert len(files(tmp_path / "out")) == 6
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_files_never_get_the_descriptors_of_closed_standard_streams(tmp_path: Path, closed: str) -> None:
+    """A C library that prints to standard error would write into them."""
+    program = (
+        "import os, sys\nfrom petseg import cli\n"
+        "cli.petseg.main = lambda **_: os.write(file := os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), b'%d' % file)\n"
+        "cli.main([])"
+    )
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program, str(tmp_path / "file")]
+    subprocess.run(shell, timeout=100)
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_standard_streams_that_do_not_block_are_made_to() -> None:
+    """Another program that shares them may have set them so, and then, reads and writes are incomplete."""
+    program = (
+        "import os\nfrom petseg import cli\n"
+        "cli.petseg.main = lambda **_: print(*map(os.get_blocking, range(3)))\ncli.main([])"
+    )
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as out:
+        with os.fdopen(writer, "wb") as theirs:
+            for end in (out, theirs):
+                os.set_blocking(end.fileno(), False)
+            subprocess.run([sys.executable, "-c", program], stdin=out, stdout=theirs, stderr=theirs, timeout=100)
+        assert out.read() == b"True True True\n"
+
+
 class Stdin:
     """A replacement for standard input."""
 

@@ -250,6 +250,24 @@ def test_an_engine_that_fails_ends_the_stream_and_its_threads() -> None:
     assert_no_threads()
 
 
+def test_a_thread_that_cannot_start_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the number of threads is limited. At exit, Python closes the stream."""
+    at_exit, start = [], threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == "petseg-engine":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(stream_module.atexit, "register", at_exit.append)
+    source = Source(iter([]))
+    with pytest.raises(RuntimeError, match="can't start"):
+        stream_of(source)
+    at_exit[0]()
+    assert source.closed_by == "petseg-decode"
+
+
 def test_a_frame_that_cannot_be_converted_is_counted_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def pixels(self: Frame, *args: Any) -> np.ndarray:
         if self.pts == 1:
