@@ -1,8 +1,9 @@
 """A server process that has imported PyTorch, and runs each requested `petseg` command in a fork of itself.
 
 Importing PyTorch, torchvision and the exporter takes longer than most of what tests then do with them. In all other
-respects a fork is a separate process, with its folder, environment, streams, exit code and exit handlers. That each
-command imports what it needs is tested in `tests/export/test_cli.py` and `tests/petseg/test_commands.py`.
+respects a fork is a separate process, with its folder, environment, streams, exit code and exit handlers; only its
+objects are not freed at the end, which takes seconds. That each command imports what it needs, and ends without a
+message of a library, is tested in `tests/export/test_cli.py` and `tests/petseg/test_commands.py`.
 
 Each line on stdin is a JSON object with the arguments of :func:`run`; the response is a line with the exit code.
 """
@@ -15,6 +16,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 
 HEAVY = ("petseg.train", "petseg_export.build", "onnxscript", "torch._dynamo", "torch.utils.tensorboard")
 
@@ -27,9 +29,16 @@ def run(args: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> N
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate((out, err), start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    atexit.register(gc.unfreeze)  # otherwise objects that cannot be freed at exit would be reported on stderr
     sys.argv = ["petseg", *args]
-    importlib.import_module("petseg.cli").main()
+    try:
+        importlib.import_module("petseg.cli").main()
+    except SystemExit as end:
+        # What Python does at exit, until it frees all modules.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(end.code)
 
 
 def serve() -> None:
