@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import resource
@@ -443,6 +444,8 @@ def test_a_folder_without_permission_is_an_output_error(
 def test_a_full_disk_leaves_existing_files_unchanged(
     config: type[ExportConfig], room: int, checkpoint_copy: Path, known_graph: None
 ) -> None:
+    if config is OpenVINOConfig and importlib.metadata.version("openvino") < "2026.2":
+        pytest.skip("before 2026.2, OpenVINO does not notice a full disk; the parity test rejects the file")
     suffix = ".onnx" if config is OnnxConfig else ".xml"
     checkpoint_copy.with_suffix(suffix).write_bytes(BEFORE)
     before = content(checkpoint_copy.parent)
