@@ -124,7 +124,9 @@ class Tracer:
         folder.mkdir(exist_ok=True)
 
     def __call__(self, deployed: Any, spec: Any) -> bytes:
-        digest = hashlib.sha256(repr((deployed, spec.height, spec.width, spec.dynamic_size, spec.batch)).encode())
+        # With a dynamic size, the smallest example is 32 x 32.
+        size = [max(side, 32) if spec.dynamic_size else side for side in (spec.height, spec.width)]
+        digest = hashlib.sha256(repr((deployed, size, spec.dynamic_size, spec.batch)).encode())
         for name, tensor in deployed.state_dict().items():
             digest.update(f"{name} {tensor.dtype}".encode() + tensor.numpy().tobytes())
         known = self.folder / f"{digest.hexdigest()}.onnx"
