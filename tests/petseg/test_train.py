@@ -152,7 +152,6 @@ def test_workers_change_nothing(oxford_root: Path, tmp_path: Path, whole: Run) -
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_workers_without_shared_memory_are_an_error(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +166,7 @@ def test_workers_without_shared_memory_are_an_error(
         trainer.fit()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_workers_are_forked_once_and_end_with_the_run(oxford_root: Path, tmp_path: Path) -> None:
     seen: list[set[int | None]] = []
 
