@@ -2,8 +2,8 @@
 
 Importing PyTorch, torchvision and the exporter takes longer than most of what tests then do with them. In all other
 respects a fork is a separate process, with its folder, environment, streams, exit code and exit handlers; only its
-objects are not freed at the end, which takes seconds. That each command imports what it needs, and ends without a
-message of a library, is tested in `tests/export/test_cli.py` and `tests/petseg/test_commands.py`.
+objects are not freed at the end, which takes seconds. That each command imports what it needs is tested in
+`tests/export/test_cli.py` and `tests/petseg/test_commands.py`; the former also shows that an export ends silently.
 
 Each line on stdin is a JSON object with the arguments of :func:`run`; the response is a line with the exit code.
 """
