@@ -304,11 +304,11 @@ class Receipt:
         reference: The software and device that computed the expected outputs.
         stored: The precision that the file is stored in.
         rows: One per engine and precision that ran the file; empty: built, not run.
+        spec: The specification that the file was tested with, as JSON values.
         scan: What the scan of the ONNX graph's activations found (``photos``, ``tensors``, ``non_finite``, ...); None
             if there was no scan.
         quantization: How the int8 quantization was chosen; None for other precisions.
         note: If no engine ran the file, why; otherwise a reason why the IoU on labelled photos may be too high.
-        spec: The specification that the file was tested with, as JSON values; missing in the built-in model's receipt.
     """
 
     identity: str
@@ -319,10 +319,10 @@ class Receipt:
     reference: str
     stored: str
     rows: tuple[Comparison, ...]
+    spec: dict[str, Any]
     scan: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     note: str = ""
-    spec: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -289,6 +290,7 @@ class Gate:
             reference=self.proof.reference,
             stored=self.spec.precision,
             rows=(row,),
+            spec=json.loads(self.spec.to_json()),
         )
 
 

@@ -623,7 +623,7 @@ def test_one_constant_reference_among_others_does_not_fail(noisy: np.ndarray) ->
 def receipt_of(*rows: Comparison, photos: int = SMOKE, **changes: Any) -> Receipt:
     names = tuple(f"{index}.jpg" for index in range(photos))
     about: dict[str, Any] = {"photos_sha256": "aa", "names": names, "reference": "torch", "stored": "fp32", **changes}
-    return Receipt(identity="1d", proof="b0", photos=photos, rows=rows, **about)
+    return Receipt(identity="1d", proof="b0", photos=photos, rows=rows, spec={"precision": "fp32"}, **about)
 
 
 @pytest.fixture(scope="module")
