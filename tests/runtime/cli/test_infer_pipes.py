@@ -45,7 +45,7 @@ def test_on_a_terminal_lines_appear_above_the_bar(reds: list[str], tmp_path: Pat
 
 
 def test_a_resumed_runs_bar_counts_only_the_remaining_photos(reds: list[str], tmp_path: Path) -> None:
-    assert run([*reds, str(tmp_path / "out")]) == 0
+    assert run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]) == 0
     for number in (1, 3):
         (tmp_path / "out" / f"{number}.png").unlink()
     text = on_a_terminal(*reds, str(tmp_path / "out"), "--resume")

@@ -592,7 +592,8 @@ def test_a_killed_run_is_resumed(
     assert {"a/one.mp4", "b/three.mp4", "photo.png"} < set(done)
     assert any(".part" in name for name in done)
     before = (out / "a" / "one.mp4").stat().st_mtime_ns
-    assert infer(source, "--as", "mask", "--output", out, "--model", model, "--json", "--resume") == 0
+    options = ("--as", "mask", "--output", out, "--model", model, *IN_ONNXRUNTIME, "--json", "--resume")
+    assert infer(source, *options) == 0
     summary = events(capsys.readouterr().out)[-1]
     assert (summary["done"], summary["skipped"]) == (0, 1)
     assert summary["videos"] == {"count": 3, "done": 1, "failed": 0, "stopped": 0, "skipped": 2}
