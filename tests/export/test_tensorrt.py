@@ -14,19 +14,16 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
 import petseg_runtime
-from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg_export.deploy import DeployedUNet
-from petseg_export.onnx import graph_bytes
 from petseg_runtime import cache, host
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines import tensorrt_build
@@ -35,11 +32,16 @@ from petseg_runtime.engines.tensorrt_library import RTX, TRT
 from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from petseg.model import AttentionUNet
+
 EDGE = Path(petseg_runtime.__file__).with_name("models") / "edge.onnx"
 CONVOLUTIONS = 35
 GPU = host.Gpu(index=0, name="NVIDIA Fake", compute_capability="8.7", memory=2**33, driver="CUDA 12.6")
 
 Test = TypeVar("Test", bound=Callable[..., None])
+#: Returns the ONNX graph of a network; see `graph`.
+Graph: TypeAlias = Callable[..., bytes]
 
 
 @pytest.fixture(scope="session")
@@ -55,28 +57,21 @@ def profile(height: int = 32, width: int = 32, batch: int = 4) -> Profile:
     return Profile(minimum=(1, height, width, 3), optimum=(1, height, width, 3), maximum=(batch, height, width, 3))
 
 
-def network(width: int) -> AttentionUNet:
-    """Random weights and BatchNorm statistics, so that folding changes every convolution."""
-    torch.manual_seed(0)
-    model = AttentionUNet(AttentionUNetConfig(width=width)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
-    return model
+@pytest.fixture(scope="module")
+def graph(trained: Any, random_network: Callable[..., AttentionUNet], tracer: Any) -> Graph:
+    """Graphs of the networks that other tests export, which are traced once for all."""
+
+    @functools.cache
+    def make(width: int = 4, *, half: bool = False, dynamic: bool = False) -> bytes:
+        model = trained.model if width == 4 else random_network(0, width=width)
+        names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        spec = ModelSpec(name="small", height=32, width=32, dynamic_size=dynamic)
+        return tracer(DeployedUNet(model, names if half else frozenset()), spec)  # type: ignore[no-any-return]
+
+    return make
 
 
-@functools.cache
-def graph(width: int = 4, size: int = 32, *, half: bool = False, dynamic: bool = False) -> bytes:
-    model = network(width)
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    spec = ModelSpec(name="random", height=size, width=size, dynamic_size=dynamic)
-    return graph_bytes(DeployedUNet(model, names if half else frozenset()), spec)
-
-
-def fixed(batch: int) -> bytes:
+def fixed(graph: Graph, batch: int) -> bytes:
     """The graph with a fixed instead of a dynamic batch."""
     model = onnx.load_from_string(graph())
     for value in (*model.graph.input, *model.graph.output):
@@ -147,31 +142,35 @@ def convolutions(built: Built) -> Counter[str]:
 @pytest.mark.parametrize(
     ("make", "shapes", "expected"),
     [
-        pytest.param(graph, profile(), "fp32", id="any batch"),
-        pytest.param(lambda: fixed(2), None, "fp32", id="fixed batch without a profile"),
+        pytest.param(lambda graph: graph(), profile(), "fp32", id="any batch"),
+        pytest.param(lambda graph: fixed(graph, 2), None, "fp32", id="fixed batch without a profile"),
         pytest.param(
-            lambda: fixed(2),
+            lambda graph: fixed(graph, 2),
             Profile(minimum=(2, 32, 32, 3), optimum=(2, 32, 32, 3), maximum=(2, 32, 32, 3)),
             "fp32",
             id="fixed batch with its profile",
         ),
         pytest.param(
-            lambda: graph(dynamic=True),
+            lambda graph: graph(dynamic=True),
             Profile(minimum=(1, 32, 16, 3), optimum=(1, 64, 64, 3), maximum=(2, 96, 128, 3)),
             "fp32",
             id="any size",
         ),
-        pytest.param(lambda: graph(64, 64), profile(64, 64), "fp32", id="published width"),
-        pytest.param(lambda: graph(half=True), profile(), "fp16", id="fp16"),
-        pytest.param(lambda: quantized(graph()), profile(), "int8", id="int8"),
-        pytest.param(lambda: quantized(graph(), weights="float"), profile(), "int8", id="int8, float weights"),
-        pytest.param(lambda: quantized(graph(dynamic=True)), profile(48, 64), "int8", id="int8, any size"),
+        pytest.param(lambda graph: graph(64), profile(), "fp32", id="published width"),
+        pytest.param(lambda graph: graph(half=True), profile(), "fp16", id="fp16"),
+        pytest.param(lambda graph: quantized(graph()), profile(), "int8", id="int8"),
+        pytest.param(lambda graph: quantized(graph(), weights="float"), profile(), "int8", id="int8, float weights"),
+        pytest.param(lambda graph: quantized(graph(dynamic=True)), profile(48, 64), "int8", id="int8, any size"),
     ],
 )
 def test_an_engine_computes_in_the_graphs_types(
-    make: Callable[[], bytes], shapes: Profile | None, expected: str, capfd: pytest.CaptureFixture[str]
+    make: Callable[[Graph], bytes],
+    shapes: Profile | None,
+    expected: str,
+    graph: Graph,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    data = make()
+    data = make(graph)
     capfd.readouterr()
     built = build(data, shapes, library=RTX)
     assert capfd.readouterr() == ("", "")
@@ -211,13 +210,13 @@ def test_the_embedded_model_compiles_and_records_its_target() -> None:
 
 
 @needs_rtx
-def test_two_builds_have_the_same_description() -> None:
+def test_two_builds_have_the_same_description(graph: Graph) -> None:
     one, other = (build(graph(), profile(), library=RTX) for _ in range(2))
     assert (one.environment, one.description) == (other.environment, other.description)
 
 
 @needs_rtx
-def test_target_gpus_can_be_specified() -> None:
+def test_target_gpus_can_be_specified(graph: Graph) -> None:
     built = build(graph(), profile(), library=RTX, compute_capabilities=("8.9", "12.0"))
     assert built.environment["compute_capability"] == ["8.9", "12.0"]
     with pytest.raises(EngineError, match=r"cannot build for compute capability 9\.0; it supports .*8\.6, 8\.9.*12\.0"):
@@ -228,7 +227,7 @@ def test_target_gpus_can_be_specified() -> None:
 
 
 @needs_rtx
-def test_int32_biases_are_rejected_naming_the_node(capfd: pytest.CaptureFixture[str]) -> None:
+def test_int32_biases_are_rejected_naming_the_node(capfd: pytest.CaptureFixture[str], graph: Graph) -> None:
     with pytest.raises(
         ModelError, match=r"cannot read the graph \(DequantizeLinear .*bias\.DQ: .* has type Int32"
     ) as error:
@@ -239,7 +238,7 @@ def test_int32_biases_are_rejected_naming_the_node(capfd: pytest.CaptureFixture[
 
 
 @needs_rtx
-def test_uint8_activations_are_rejected() -> None:
+def test_uint8_activations_are_rejected(graph: Graph) -> None:
     with pytest.raises(ModelError, match=r"would change the meaning of the graph \(.*UINT8 zero_point"):
         build(quantized(graph(), activations=np.uint8), profile(), library=RTX)
 
@@ -252,7 +251,7 @@ def test_an_invalid_graph_is_rejected(data: bytes, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
-def changed(change: Callable[[onnx.GraphProto], None]) -> bytes:
+def changed(graph: Graph, change: Callable[[onnx.GraphProto], None]) -> bytes:
     model = onnx.load_from_string(graph())
     change(model.graph)
     return bytes(model.SerializeToString())
@@ -274,16 +273,21 @@ def unknown_operator(proto: onnx.GraphProto) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (lambda: b"", "input is none; image of uint8 with 4 dimensions is expected"),
-        (lambda: changed(float_input), r"input is image float \[-1, 32, 32, 3\]; image of uint8"),
-        (lambda: changed(other_output), r"output is mask uint8 \[-1, 32, 32\]; probability of uint8 with 3 dimensions"),
-        (lambda: changed(unknown_operator), "cannot read the graph .*NoSuchOperator"),
+        (lambda graph: b"", "input is none; image of uint8 with 4 dimensions is expected"),
+        (lambda graph: changed(graph, float_input), r"input is image float \[-1, 32, 32, 3\]; image of uint8"),
+        (
+            lambda graph: changed(graph, other_output),
+            r"output is mask uint8 \[-1, 32, 32\]; probability of uint8 with 3 dimensions",
+        ),
+        (lambda graph: changed(graph, unknown_operator), "cannot read the graph .*NoSuchOperator"),
     ],
     ids=["empty", "float input", "other output", "unknown operator"],
 )
-def test_a_graph_that_violates_the_contract_is_rejected(data: Callable[[], bytes], words: str) -> None:
+def test_a_graph_that_violates_the_contract_is_rejected(
+    data: Callable[[Graph], bytes], words: str, graph: Graph
+) -> None:
     with pytest.raises(ModelError, match=words):
-        build(data(), profile(), library=RTX)
+        build(data(graph), profile(), library=RTX)
 
 
 @needs_rtx
@@ -296,16 +300,18 @@ def test_a_graph_that_violates_the_contract_is_rejected(data: Callable[[], bytes
     ],
     ids=["size", "batch", "none"],
 )
-def test_a_profile_that_contradicts_the_graph_is_rejected(batch: int, shapes: Profile | None, words: str) -> None:
+def test_a_profile_that_contradicts_the_graph_is_rejected(
+    batch: int, shapes: Profile | None, words: str, graph: Graph
+) -> None:
     with pytest.raises(ModelError, match=words):
-        build(fixed(batch) if batch else graph(), shapes, library=RTX)
+        build(fixed(graph, batch) if batch else graph(), shapes, library=RTX)
 
 
 # --- progress and Ctrl-C ---
 
 
 @needs_rtx
-def test_progress_is_reported() -> None:
+def test_progress_is_reported(graph: Graph) -> None:
     news: list[tuple[str, int, int]] = []
     build(graph(), profile(), library=RTX, watch=lambda *step: news.append(step))
     assert len({phase for phase, _, _ in news}) > 3
@@ -318,7 +324,7 @@ def test_progress_is_reported() -> None:
 @needs_rtx
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("a broken bar")])
 def test_an_exception_in_the_progress_callback_cancels_the_build(
-    error: BaseException, capfd: pytest.CaptureFixture[str]
+    error: BaseException, capfd: pytest.CaptureFixture[str], graph: Graph
 ) -> None:
     graph()
     calls = []
@@ -339,7 +345,7 @@ def test_an_exception_in_the_progress_callback_cancels_the_build(
 @needs_rtx
 @pytest.mark.parametrize("wakes", [True, False])
 def test_ctrl_c_cancels_the_build(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wakes: bool
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wakes: bool, graph: Graph
 ) -> None:
     """Even if nothing wakes the waiting thread, for example because another thread receives the signal."""
     graph()  # traced before, so that Ctrl-C arrives during the build
@@ -402,7 +408,7 @@ def disguised(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.tensorrt
-def test_the_tensorrt_branch_uses_strong_typing_without_tf32(disguised: dict[str, Any], rtx: Any) -> None:
+def test_the_tensorrt_branch_uses_strong_typing_without_tf32(disguised: dict[str, Any], rtx: Any, graph: Graph) -> None:
     built = build(graph(), profile(), library=TRT)
     assert disguised == {"flags": 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED), "tf32": False}
     assert built.environment["library"] == "tensorrt"
@@ -412,7 +418,7 @@ def test_the_tensorrt_branch_uses_strong_typing_without_tf32(disguised: dict[str
 
 
 @pytest.mark.tensorrt
-def test_tensorrt_builds_for_the_gpu_current_in_its_thread(disguised: dict[str, Any]) -> None:
+def test_tensorrt_builds_for_the_gpu_current_in_its_thread(disguised: dict[str, Any], graph: Graph) -> None:
     threads: list[str] = []
     built = build(
         graph(),
@@ -426,7 +432,7 @@ def test_tensorrt_builds_for_the_gpu_current_in_its_thread(disguised: dict[str, 
 
 
 @pytest.mark.tensorrt
-def test_a_failed_build_gives_the_reason(disguised: dict[str, Any]) -> None:
+def test_a_failed_build_gives_the_reason(disguised: dict[str, Any], graph: Graph) -> None:
     disguised["fail"] = True
     words = r"TensorRT 10\.9\.0\.34 cannot build the engine \(could not find any implementation for node_conv2d_7\)"
     with pytest.raises(EngineError, match=words):
@@ -434,7 +440,9 @@ def test_a_failed_build_gives_the_reason(disguised: dict[str, Any]) -> None:
 
 
 @pytest.mark.tensorrt
-def test_a_builder_that_fails_to_start_is_an_error(disguised: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_fails_to_start_is_an_error(
+    disguised: dict[str, Any], monkeypatch: pytest.MonkeyPatch, graph: Graph
+) -> None:
     def builder(logger: Any) -> None:
         logger.log(type(logger).ERROR, "CUDA initialization failure with error: 35")
         raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -446,7 +454,9 @@ def test_a_builder_that_fails_to_start_is_an_error(disguised: dict[str, Any], mo
 
 @pytest.mark.tensorrt
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
-def test_a_timing_cache_is_saved_and_a_damaged_one_recreated(disguised: dict[str, Any], tmp_path: Path) -> None:
+def test_a_timing_cache_is_saved_and_a_damaged_one_recreated(
+    disguised: dict[str, Any], tmp_path: Path, graph: Graph
+) -> None:
     path = tmp_path / "caches" / "timing"
 
     def messages() -> tuple[str, ...]:
@@ -470,9 +480,7 @@ def test_a_timing_cache_is_saved_and_a_damaged_one_recreated(disguised: dict[str
 
 @pytest.mark.tensorrt
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
-def test_timing_caches_are_separate_per_gpu_and_version(
-    disguised: dict[str, Any],
-) -> None:
+def test_timing_caches_are_separate_per_gpu_and_version(disguised: dict[str, Any], graph: Graph) -> None:
     slot = timings_slot()
     assert (slot.key.version, slot.key.device) == ("10.9.0.34", "NVIDIA Fake, compute capability 8.7")
     assert timings_slot(1).key != slot.key
@@ -494,7 +502,7 @@ def test_timing_caches_are_separate_per_gpu_and_version(
 
 
 @needs_rtx
-def test_builds_share_a_logger_but_not_messages() -> None:
+def test_builds_share_a_logger_but_not_messages(graph: Graph) -> None:
     with pytest.raises(ModelError) as kept:  # its traceback keeps a builder alive, and the builder its logger
         build(b"not a graph", profile(), library=RTX)
     built = build(graph(), profile(), library=RTX)
@@ -503,7 +511,7 @@ def test_builds_share_a_logger_but_not_messages() -> None:
 
 
 @needs_rtx
-def test_unlisted_layers_are_reported_as_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlisted_layers_are_reported_as_unknown(monkeypatch: pytest.MonkeyPatch, graph: Graph) -> None:
     monkeypatch.setattr(tensorrt_build, "_layers", lambda text: Counter())
     described = build(graph(), profile(), library=RTX).description
     assert (described["layers"], described["computed"]) == (None, None)
@@ -511,7 +519,7 @@ def test_unlisted_layers_are_reported_as_unknown(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_rtx
-def test_tensorrt_for_rtx_reports_that_it_has_no_timing_cache(tmp_path: Path) -> None:
+def test_tensorrt_for_rtx_reports_that_it_has_no_timing_cache(tmp_path: Path, graph: Graph) -> None:
     path = tmp_path / "timing"
     built = build(graph(), profile(), library=RTX, timing_cache=path)
     assert built.messages == (f"{path}: not used; TensorRT for RTX times nothing and has no timing cache",)
