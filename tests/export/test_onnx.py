@@ -22,7 +22,7 @@ from petseg.model import AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
-from petseg_export.onnx import provenance_of, scan, spec_of
+from petseg_export.onnx import Session, provenance_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -209,13 +209,20 @@ def test_a_custom_size_and_batch_can_be_exported(
         runs_like(file, trained.model, random_images(count, 16, 48))
 
 
-@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ModelSpec(name="small", height=16, width=48, batch=3),
+        ModelSpec(name="small", height=32, width=32, batch=3, dynamic_size=True),
+    ],
+    ids=["fixed size", "dynamic size"],
+)
 def test_a_fixed_batch_graph_is_scanned_one_photo_at_a_time(
-    trained: Any, random_images: Any, monkeypatch: pytest.MonkeyPatch, free: bool
+    spec: ModelSpec, exported_any: Any, trained: Any, random_images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scanning a full batch of copies would multiply the memory of all activations."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    photos, asked = list(random_images(2, 32, 32)), []
+    photos, asked = list(random_images(2, 16, 48)), []
     run = onnxruntime.InferenceSession.run
 
     def watched(self: Any, names: list[str], inputs: dict[str, np.ndarray]) -> Any:
@@ -224,11 +231,9 @@ def test_a_fixed_batch_graph_is_scanned_one_photo_at_a_time(
         return values
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
-    found = []
-    for batch in (0, 3):
-        spec = ModelSpec(name="small", height=32, width=32, batch=batch, dynamic_size=free)
-        found.append(scan(build.graph_bytes(DeployedUNet(trained.model, set()), spec), photos))
-    assert asked == [((1, 32, 32, 3), {1})] * 4
+    graphs = exported_any.file.read_bytes(), build.graph_bytes(DeployedUNet(trained.model), spec)
+    found = [scan(graph, photos) for graph in graphs]
+    assert asked == [((1, 16, 48, 3), {1})] * 4
     assert found[0] == {**found[1], "largest": pytest.approx(found[1]["largest"], rel=1e-5)}
 
 
@@ -237,10 +242,10 @@ def test_a_dynamic_size_starts_at_16_by_16(
 ) -> None:
     """At 16 the deepest level is one pixel, which the tracer would specialize to a constant."""
     file = tmp_path / "tiny.onnx"
-    config = OnnxConfig(output=file, data=oxford_root, height=16, width=16, dynamic_size=True, batch=1)
+    config = OnnxConfig(output=file, data=oxford_root, height=16, width=16, dynamic_size=True, batch=3)
     assert export(checkpoint_file, config).receipt.passed
     spec = open_artifact(file).spec
-    assert (spec.height, spec.width, spec.dynamic_size, spec.batch) == (16, 16, True, 1)
+    assert (spec.height, spec.width, spec.dynamic_size, spec.batch) == (16, 16, True, 3)
     for size in ((16, 16), (16, 64), (48, 32)):
         runs_like(file, trained.model, random_images(2, *size))
 
@@ -435,22 +440,34 @@ def test_a_checkpoint_with_invalid_training_metadata_is_rejected(meta: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_published_width_exports_and_passes(
-    precision: str,
     random_network: Callable[..., AttentionUNet],
     random_images: Any,
     meta: dict[str, Any],
+    tracer: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """29 million random weights: the result does not depend on training."""
-    model = random_network(0, width=64, size=64)
+    """29 million random weights: the result does not depend on training. Before fp16, fp32 is traced and checked."""
+    model = random_network(0, width=64)
     checkpoint, file = tmp_path / "wide.safetensors", tmp_path / "wide.onnx"
-    spec = {**meta["spec"], "height": 64, "width": 64, "threshold": 0.5}
+    spec = {**meta["spec"], "threshold": 0.5}
     save_checkpoint(checkpoint, model.state_dict(), {**meta, "model": {"width": 64}, "spec": spec})
-    receipt = export(checkpoint, OnnxConfig(output=file, precision=precision)).receipt
+    graphs: list[bytes] = []
+
+    def kept(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
+        graphs.append(tracer(deployed, spec))
+        return graphs[-1]
+
+    monkeypatch.setattr(build, "graph_bytes", kept)
+    receipt = export(checkpoint, OnnxConfig(output=file, precision="fp16")).receipt
     assert receipt.passed
     assert receipt.scan is not None
     assert receipt.scan["non_finite"] == []
-    assert file.stat().st_size > 29_000_000 * (4 if precision == "fp32" else 2)
-    runs_like(file, model, random_images(1, 64, 64, 1), 1 if precision == "fp32" else 12)
+    photos = random_images(1, 32, 32, 1)
+    runs_like(file, model, photos, 12)
+    single, half = graphs
+    assert [len(graph) // 29_000_000 for graph in (single, half)] == [4, 2], "bytes per weight"
+    assert scan(single, list(photos))["non_finite"] == []
+    (got,) = Session(single).run(["probability"], photos[0])
+    assert np.abs(got.astype(int) - torch_run(model)(photos)).max() <= 1
