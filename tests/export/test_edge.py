@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import helper
 
 from petseg.checkpoint import load_model, save_checkpoint
 from petseg.config import TrainConfig, to_dict
@@ -18,6 +19,7 @@ from petseg.model import AttentionUNet, AttentionUNetConfig, normalize
 from petseg.reference import torch_run
 from petseg_export import OnnxConfig, OpenVINOConfig, QuantizeConfig, TensorRTRTXConfig, build, export
 from petseg_export.deploy import DeployedUNet
+from petseg_export.onnx import _pad_small_poolings
 from petseg_runtime import images
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -103,15 +105,32 @@ def test_a_dynamic_size_graph_matches_the_network(
 
 def test_only_poolings_of_possibly_one_pixel_are_rewritten(edge: Path) -> None:
     model, _ = load_model(edge)
-    for spec, rounds in (
-        (ModelSpec(name="x", height=32, width=32), 1),
-        (ModelSpec(name="x", height=32, width=16), 0),
-        (ModelSpec(name="x", height=48, width=48, dynamic_size=True), 0),  # the size whose graph is traced above
-    ):
+    for dynamic in (False, True):  # the graphs that are traced above
+        spec = ModelSpec(name="x", height=SIZE, width=SIZE, dynamic_size=dynamic)
         proto = onnx.load_from_string(build.graph_bytes(DeployedUNet(model), spec))
         pools = [{a.name: a for a in node.attribute} for node in proto.graph.node if node.op_type == "MaxPool"]
-        assert [pool["ceil_mode"].i for pool in pools] == [0, 0, 0, rounds]
-        assert [any(pool["pads"].ints) for pool in pools] == [False, False, False, not rounds]
+        assert [pool["ceil_mode"].i for pool in pools] == [0, 0, 0, not dynamic]
+        assert [any(pool["pads"].ints) for pool in pools] == [False, False, False, dynamic]
+
+
+@pytest.mark.parametrize(
+    ("sides", "rounds"),
+    [((2, 2), 1), ((3, 2), 1), ((2, 1), 0), ((1, 3), 0), ((1, 1), 0), (("h", 4), 0), ((4, "w"), 0), (None, 0)],
+)
+def test_a_pooling_is_rewritten_where_a_side_may_be_one_pixel(sides: Any, rounds: int) -> None:
+    """Also where the graph does not state the sides."""
+    inside = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 1, *sides])] if sides else []
+    window = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [0, 0, 0, 0]}
+    nodes = [
+        helper.make_node("Relu", ["image"], ["x"]),
+        helper.make_node("MaxPool", ["x"], ["rounded"], ceil_mode=1, **window),
+        helper.make_node("MaxPool", ["x"], ["exact"], ceil_mode=0, **window),
+    ]
+    proto = helper.make_model(helper.make_graph(nodes, "poolings", [], [], value_info=inside))
+    _pad_small_poolings(proto)
+    _, rounded, exact = ({a.name: helper.get_attribute_value(a) for a in node.attribute} for node in proto.graph.node)
+    assert rounded == {**window, "ceil_mode": rounds, "pads": [0, 0, 0, 0] if rounds else [0, 0, 1, 1]}
+    assert exact == {**window, "ceil_mode": 0}
 
 
 def test_int8_passes_in_both_engines(int8: build.Exported) -> None:
