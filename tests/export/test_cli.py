@@ -86,16 +86,16 @@ def test_quiet_prints_nothing(checkpoint: Path, known_graph: None, capsys: pytes
 def test_every_option_is_applied_to_the_file(
     checkpoint: Path, notes_file: Path, photos: list[Path], known_graph: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["export", str(checkpoint), "--size", "16x32", "--notes", str(notes_file), "--photos", "2", "--batch", "3"]
+    args = ["export", str(checkpoint), "--size", "16x48", "--notes", str(notes_file), "--photos", "2", "--batch", "3"]
     assert run([*args, "--data", str(photos[0].parent), "--precision", "fp16", "--seed", "5"]) == 0
     artifact = open_artifact(checkpoint.with_suffix(".onnx"))
     spec = artifact.spec
-    assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
+    assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 48, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
     assert artifact.receipt["photos"] == 2
     # The file matches the checkpoint, which was trained at another size.
     assert re.fullmatch(
-        rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",
+        rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 48 its masks may be much worse: .*\n",
         capsys.readouterr().err,
     )
 
