@@ -213,7 +213,7 @@ def test_a_custom_size_and_batch_can_be_exported(
     "spec",
     [
         ModelSpec(name="small", height=16, width=48, batch=3),
-        ModelSpec(name="small", height=32, width=32, batch=3, dynamic_size=True),
+        ModelSpec(name="small", height=16, width=16, batch=3, dynamic_size=True),
     ],
     ids=["fixed size", "dynamic size"],
 )
