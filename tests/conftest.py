@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -151,10 +152,17 @@ class Tracer:
 
 
 @pytest.fixture(scope="session")
-def tracer(shared_folder: Path) -> Tracer:
+def tracer(shared_folder: Path) -> Iterator[Tracer]:
     from petseg_export.onnx import graph_bytes
 
-    return Tracer(shared_folder / "graphs", graph_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        # For each graph, torch parses the source of its 500 ONNX functions again: a fifth of the time. Not public, so a
+        # torch without it is only slower.
+        with contextlib.suppress(ImportError, AttributeError):
+            from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+            patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield Tracer(shared_folder / "graphs", graph_bytes)
 
 
 @pytest.fixture
