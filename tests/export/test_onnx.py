@@ -213,6 +213,7 @@ def test_a_custom_size_and_batch_can_be_exported(
     "spec",
     [
         ModelSpec(name="small", height=16, width=48, batch=3),
+        # Traced for the next test, too, so of its size, at which the tracer would specialize.
         ModelSpec(name="small", height=16, width=16, batch=3, dynamic_size=True),
     ],
     ids=["fixed size", "dynamic size"],
