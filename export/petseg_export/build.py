@@ -359,11 +359,9 @@ class _Job:
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
-        about: dict[str, Any] = {"calibrated_on": calibration.about, "judged_on": judges.about}
-        of_run = self.loaded.meta.get("data")
-        trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
-        about |= {
-            "as_many_as_in_training": trained_on == len(val),
+        about = {
+            "calibrated_on": calibration.about,
+            "judged_on": judges.about,
             SHARED: self.photos.among(judges),
             DOUBT: parity.overlap_warning(data, "val", self.loaded),
         }

@@ -18,6 +18,7 @@ import pytest
 from command_line import failed
 from petseg.cli import run
 from petseg_export import registry
+from petseg_export.parity import sample
 from petseg_runtime import host, parity
 from petseg_runtime.artifact import open_artifact, sample_photos
 from petseg_runtime.extras import install
@@ -92,7 +93,7 @@ def test_every_option_is_applied_to_the_file(
     spec = artifact.spec
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 32, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
-    assert artifact.receipt["photos"] == 2
+    assert artifact.receipt["names"] == [photo.name for photo in sample(photos, 2, seed=5)]
     # The file matches the checkpoint, which was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 32 its masks may be much worse: .*\n",

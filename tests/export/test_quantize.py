@@ -344,7 +344,7 @@ def test_biases_do_not_overflow_in_onnxruntime_with_tiny_weights(tiny: float, bi
 
 
 def test_convolutions_that_share_a_weight_share_a_scale_that_fits_all_their_biases() -> None:
-    """The exporter merges equal constants."""
+    """A graph may store equal weights once."""
     unit = np.array([[0.0]])
     proto = onnx.load_from_string(convolutions(*((unit, np.array([bias])) for bias in (1.0, 4.0, 2.0))))
     for node in proto.graph.node[2:]:
