@@ -138,17 +138,20 @@ def test_a_size_not_divisible_by_16_is_rejected(make: Make, random_images: Draw)
 
 
 def test_peaks_match_those_seen_by_forward_hooks(make: Make, random_images: Draw) -> None:
-    """Computed separately for one layer: its folded weights and bias, its inputs and outputs, over all photos."""
+    """Computed separately for three layers, in which the input, the bias and the output are the largest."""
     model, image = make(4), random_images(3, 32, 32)
     peaks = activation_peaks(model, image)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert list(peaks) == convolutions
-    folded = fold_batchnorm(model)
-    with torch.no_grad():
-        inside = folded.down1(by_hand(image))
-        out = folded.down2[0](nn.functional.max_pool2d(inside, 2))
-    seen = (inside, out, folded.down2[0].weight, folded.down2[0].bias)
-    assert peaks["down2.0"] == pytest.approx(max(float(tensor.detach().abs().max()) for tensor in seen), rel=1e-5)
+    folded, x, largest = fold_batchnorm(model), by_hand(image), []
+    for name in ("down1", "down2", "down3"):
+        block = getattr(folded, name)
+        with torch.no_grad():
+            seen = [float(tensor.abs().max()) for tensor in (x, block[0].weight, block[0].bias, block[0](x))]
+            x = nn.functional.max_pool2d(block(x), 2)
+        assert peaks[f"{name}.0"] == pytest.approx(max(seen), rel=1e-5)
+        largest.append(seen.index(max(seen)))
+    assert largest == [0, 2, 3]
     alone = [activation_peaks(model, image[i : i + 1]) for i in range(3)]
     assert peaks == {name: pytest.approx(max(each[name] for each in alone)) for name in convolutions}
 

@@ -26,6 +26,7 @@ from petseg_export.quantize import (
     Magnitudes,
     Quantized,
     _change_from,
+    _divergence,
     _Search,
     calibrate,
     int8_weight,
@@ -154,6 +155,12 @@ def test_entropy_does_not_clip_without_outliers() -> None:
     assert METHODS["entropy"](seen) == pytest.approx(3, rel=0.05)
 
 
+def test_a_merge_that_changes_no_count_loses_no_information() -> None:
+    """Empty bins stay empty, and the others of a level have its mean."""
+    assert _divergence(np.array([4.0, 0.0, 2.0, 2.0]), 4, 2) == pytest.approx(0)
+    assert _divergence(np.array([4.0, 0.0, 3.0, 1.0]), 4, 2) > 0.01
+
+
 def test_zeros_are_ignored_by_calibration() -> None:
     seen, with_zeros = Magnitudes(), Magnitudes()
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
@@ -163,7 +170,9 @@ def test_zeros_are_ignored_by_calibration() -> None:
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize(("value", "expected"), [(3.0, 3.0), (1e-20, 0.0)])  # a scale as small would be subnormal
+@pytest.mark.parametrize(
+    ("value", "expected"), [(3 + 2**-12, 3 + 2**-12), (1e-20, 0.0)]
+)  # a scale as small would be subnormal
 def test_equal_magnitudes_are_not_clipped_unless_negligible(method: str, value: float, expected: float) -> None:
     seen = Magnitudes()
     seen.add(np.full(10, value, np.float32))

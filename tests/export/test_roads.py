@@ -536,7 +536,8 @@ def test_only_an_engine_for_another_gpu_is_not_run(
         return {}
 
     monkeypatch.setattr(tensorrt, "compile_tensorrt_rtx", compile_nothing)
-    monkeypatch.setitem(FORMATS, "trt-rtx", dataclasses.replace(FORMATS["trt-rtx"], foreign=foreign))
+    if not foreign:
+        monkeypatch.setitem(FORMATS, "trt-rtx", dataclasses.replace(FORMATS["trt-rtx"], foreign=False))
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
     monkeypatch.setattr("petseg_runtime.parity.load_engine", refuse)
     config = TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)
