@@ -15,7 +15,7 @@ from petseg_runtime import __version__, host
 from petseg_runtime.artifact import Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as artifact_sidecar_of
 from petseg_runtime.parity import Proof, proof_of
-from petseg_runtime.verify import sidecar_of
+from petseg_runtime.verify import MAX_RESULT, sidecar_of
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -293,6 +293,12 @@ def test_an_unreadable_result_does_not_break_info(
     out = capsys.readouterr().out
     assert "verified here  toy.onnx.verified.json: " in out
     assert proven.identity in out
+
+
+def test_a_result_that_is_too_large_is_not_read(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    sidecar_of(proven.path).write_bytes(b" " * MAX_RESULT + b"{}")
+    assert run(["info", str(proven.path)]) == 0
+    assert f"{sidecar_of(proven.path).name}: cannot be read (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("road", [None, 7, [], {}, {"summary": ["passed"]}], ids=json.dumps)
