@@ -156,6 +156,19 @@ def test_peaks_match_those_seen_by_forward_hooks(make: Make, random_images: Draw
     assert peaks == {name: pytest.approx(max(each[name] for each in alone)) for name in convolutions}
 
 
+def test_negative_values_count_by_their_size(make: Make) -> None:
+    model, black = make(4), np.zeros((1, 32, 32, 3), np.uint8)
+    nn.init.constant_(model.head.weight, -1)
+    nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        for tensor in model.up1.block[4].parameters():
+            tensor.mul_(10)  # so that the logits exceed the weights
+        logits = model(by_hand(black))
+    peaks = activation_peaks(model, black)
+    assert peaks["head"] == pytest.approx(float(-logits.min()), rel=1e-5)
+    assert peaks["down1.0"] == pytest.approx(float(-by_hand(black).min()), rel=1e-5)
+
+
 def test_without_photos_the_peaks_are_those_of_the_weights(make: Make) -> None:
     model = make(4)
     folded = fold_batchnorm(model)
