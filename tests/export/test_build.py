@@ -532,6 +532,28 @@ def test_a_failing_engine_fails_the_export(
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("Unable to allocate 2.79 TiB for an array"),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_running_out_of_memory_is_an_error_with_a_remedy(
+    error: Exception, checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example with ``--batch 1000000``."""
+
+    def fail(deployed: Any, spec: ModelSpec) -> bytes:
+        raise error
+
+    monkeypatch.setattr(build, "graph_bytes", fail)
+    with pytest.raises(EngineError, match=r"out of memory: use a smaller --size or --batch, .*[Aa]llocate"):
+        export(checkpoint_copy, OnnxConfig(photos=1))
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
+
+
+@pytest.mark.parametrize(
     "stage",
     [
         "reference in PyTorch",

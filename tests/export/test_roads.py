@@ -265,10 +265,12 @@ def test_int8_data_may_differ_from_the_receipts_data(
 # ------------------------------------------------------------------------------------------------ compiled from int8
 
 
+@pytest.mark.parametrize("folder", ["", "images"])
 def test_the_ir_of_an_int8_file_keeps_its_quantization_record(
-    int8: build.Exported, quarter: Path, tmp_path: Path
+    folder: str, int8: build.Exported, quarter: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
-    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, photos=4)
+    data = oxford_root / folder if folder else None
+    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, data=data, photos=4)
     done = export(quarter, config)
     assert done.receipt.quantization == open_artifact(int8.path).receipt["quantization"]
     assert {row.precision for row in done.receipt.rows} == {"int8"}
@@ -536,6 +538,7 @@ def test_only_an_engine_for_another_gpu_is_not_run(
         return {}
 
     monkeypatch.setattr(tensorrt, "compile_tensorrt_rtx", compile_nothing)
+    monkeypatch.setattr(parity, "overlap_warning", lambda *of: "a doubt about the IoU, if it were computed")
     if not foreign:
         monkeypatch.setitem(FORMATS, "trt-rtx", dataclasses.replace(FORMATS["trt-rtx"], foreign=False))
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
