@@ -189,6 +189,12 @@ def test_the_profile_follows_from_the_specification(
     assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
 
 
+def test_the_line_about_a_missing_driver_is_shown_only_if_there_is_no_other() -> None:
+    driver = "Unable to determine GPU memory usage: CUDA driver version is insufficient (cudaError 35)"
+    assert tensorrt_build._one_line(f"{driver}\n\n  no such operator\n") == "no such operator"
+    assert tensorrt_build._one_line(f"{driver}\n") == driver
+
+
 def test_layer_types_are_parsed_in_the_format_of_tensorrt_10() -> None:
     tensor = "{ Name: %s, Location: Device, Dimensions: [1,64,8,8], Format/Datatype: %s }"
     text = "\n".join(
