@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from petseg import checkpoint
+from petseg.memory import enough_memory
 from petseg.model import AttentionUNet
 from petseg_export import parity, registry
 from petseg_export.config import CompiledConfig, EngineConfig, ExportConfig
@@ -102,7 +103,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     Raises:
         UsageError: The options contradict each other, the checkpoint, or the given ONNX file.
         MissingExtra: A required package is not installed.
-        EngineError: A required device or engine is missing or fails.
+        EngineError: A required device or engine is missing or fails, or memory runs out.
         CheckpointError: The checkpoint cannot be used.
         ModelError: The given ONNX file is not of this checkpoint, or the compiler cannot read the graph.
         DataError: The data cannot be used.
@@ -120,7 +121,7 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
     tell("reading", 0, 0)
     model, loaded = checkpoint.load_model(path)
     given = _open_given(config, loaded)
-    with _with_path(path):
+    with _with_path(path), enough_memory("use a smaller --size or --batch, or fewer --photos"):
         spec = dataclasses.replace(given.spec, precision=config.precision) if given else spec_of(loaded, config)
         _check_limits(config, spec)
         provenance = provenance_of(path.name, loaded, config)
@@ -359,11 +360,9 @@ class _Job:
         calibration = parity.read(parity.sample(train, config.photos, config.seed), spec)
         judges = parity.read(val, spec)
         result = quantize(graph, calibration.images, judge_on(judges), config, self.tell)
-        about: dict[str, Any] = {"calibrated_on": calibration.about, "judged_on": judges.about}
-        of_run = self.loaded.meta.get("data")
-        trained_on = of_run.get("val_photos") if isinstance(of_run, dict) else None
-        about |= {
-            "as_many_as_in_training": trained_on == len(val),
+        about = {
+            "calibrated_on": calibration.about,
+            "judged_on": judges.about,
             SHARED: self.photos.among(judges),
             DOUBT: parity.overlap_warning(data, "val", self.loaded),
         }

@@ -65,8 +65,8 @@ LARGEST_WEIGHT: Final = 64
 LARGEST_BIAS: Final = 2**30
 #: Bins of a histogram of magnitudes; at least half of them lie below the largest magnitude.
 BINS: Final = 4096
-#: Magnitudes up to this count as zero: the product of two scales must stay a normal float32.
-NEGLIGIBLE: Final = 1e-15
+#: Magnitudes and scales up to this count as zero: the product of two scales must stay a normal float32. A power of two.
+NEGLIGIBLE: Final = 2.0**-50
 #: Share of the magnitudes that `percentile` does not clip.
 KEPT: Final = 0.9999
 #: Largest number of calibration photos on which the change of the output is measured.
@@ -136,7 +136,7 @@ class _Search:
             middle = (fails + works) // 2
             fails, works = (fails, middle) if self._within(middle) else (middle, works)
         kept = frozenset(self.order[:works])
-        for layer in self.order[works - 2 :: -1][:SECOND_TRIES] if works > 1 else ():
+        for layer in reversed(self.order[: works - 1][-SECOND_TRIES:]):
             if self._lost(kept - {layer}) <= self.budget:
                 kept -= {layer}
         return kept
@@ -281,8 +281,6 @@ class Magnitudes:
         if peak <= NEGLIGIBLE:
             return
         self.peak = max(self.peak, peak)
-        if not self.counts.any():
-            self.top = 2.0 ** math.frexp(peak)[1]
         while self.top <= peak:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, np.int64)])
             self.top *= 2
@@ -402,31 +400,27 @@ def with_int8(proto: ModelProto, layers: Set[str], ranges: Mapping[str, float]) 
     return _rebuilt(proto, parts)
 
 
-def int8_weight(weight: F32, least: F32 | None = None) -> tuple[I8, F32]:
+def int8_weight(weight: F32, least: F32 | float = 0.0) -> tuple[I8, F32]:
     """Quantize a convolution's weights to int8, per output channel.
 
     Args:
         weight: float32 [O, I, h, w].
-        least: Smallest scale of each channel, float32 [O]. A channel of zeros has this scale, or 1.
+        least: Smallest scale of each channel, float32 [O].
 
     Returns:
         int8 [O, I, h, w], from -64 to 64, and the scales, float32 [O].
     """
-    largest = np.abs(weight).max(axis=(1, 2, 3))
-    scales = _scale(largest, LARGEST_WEIGHT)
-    if least is not None:
-        scales = np.where(largest > NEGLIGIBLE, np.maximum(scales, least), np.where(least > 0, least, scales))
-    values = np.rint(weight / scales.reshape(-1, 1, 1, 1))
-    return np.clip(values, -LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.int8), scales
+    scales = _positive(np.maximum(np.abs(weight).max(axis=(1, 2, 3)) / np.float32(LARGEST_WEIGHT), least))
+    return np.rint(weight / scales.reshape(-1, 1, 1, 1)).astype(np.int8), scales
 
 
-def _scale(largest: Any, levels: int) -> F32:
-    """The scale that maps the largest magnitude to ``levels``, elementwise; float32, always positive."""
-    return np.where(largest > NEGLIGIBLE, largest / np.float32(levels), np.float32(1)).astype(np.float32)
+def _positive(scales: Any) -> F32:
+    """The scales, float32, with 1 in place of negligible ones: all values are then rounded to 0."""
+    return np.where(scales > NEGLIGIBLE, scales, 1).astype(np.float32)
 
 
 def _activation_scale(proto: ModelProto, name: str, ranges: Mapping[str, float]) -> F32:
-    return _scale(np.float32(ranges[_source(proto, name)]), LARGEST)
+    return _positive(np.float32(ranges[_source(proto, name)]) / np.float32(LARGEST))
 
 
 def _least_scales(
@@ -438,9 +432,8 @@ def _least_scales(
         source, weight, *rest = conv.input
         channels = stored[weight].dims[0]
         bias = numpy_helper.to_array(stored[rest[0]]) if rest else np.zeros(channels, np.float32)
-        sizes = np.abs(bias).astype(np.float32)
-        needed = np.where(sizes > NEGLIGIBLE, sizes / (_activation_scale(proto, source, ranges) * LARGEST_BIAS), 0)
-        least[weight] = np.maximum(least.get(weight, np.float32(0)), needed).astype(np.float32)
+        needed = np.abs(bias) / (_activation_scale(proto, source, ranges) * np.float32(LARGEST_BIAS))
+        least[weight] = np.maximum(least.get(weight, np.float32(0)), needed)
     return least
 
 

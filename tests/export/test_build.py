@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from petseg.checkpoint import save_checkpoint
+from petseg.checkpoint import Checkpoint, save_checkpoint
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.reference import torch_run
 from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
+from petseg_export.registry import FORMATS, format_of
 from petseg_runtime import parity
 from petseg_runtime.artifact import Artifact, open_artifact
 from petseg_runtime.engines.base import Engine
@@ -100,6 +101,7 @@ def test_the_files_are_written_beside_the_checkpoint_and_listed(
     assert done.path == checkpoint_copy.with_name(names[0])
     assert done.files == tuple(checkpoint_copy.with_name(name) for name in names)
     assert set(content(checkpoint_copy.parent)) == {"best.safetensors", *names}
+    assert set(build._output_files(done.path, format_of(config)[0])) == set(done.files), "checked for overwriting"
     artifact = open_artifact(done.path)
     assert artifact.receipt == json.loads(json.dumps(done.receipt.as_dict()))
     assert artifact.receipt["passed"] is True
@@ -173,6 +175,9 @@ def test_the_parity_test_uses_the_requested_device_and_threads(
     monkeypatch.setattr(parity, "load_engine", load)
     export(checkpoint_copy, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
     assert asked == [("onnxruntime", 3, "cpu")], "loaded once, because it always computes float32 in float32"
+    asked.clear()
+    export(checkpoint_copy, OpenVINOConfig(photos=1, threads=3, device="cpu"))
+    assert set(asked) == {("onnxruntime", 3, "cpu"), ("auto", 3, "cpu")}, "the graph, and the IR made from it"
 
 
 @pytest.mark.parametrize(
@@ -195,10 +200,13 @@ def test_a_dynamic_size_graph_is_tested_at_a_second_size(
     assert build._another_size(ModelSpec(name="x", height=height, width=width), largest) is None
 
 
+@pytest.mark.parametrize("format_name", ["onnx", pytest.param("trt-rtx", marks=pytest.mark.tensorrt)])
 def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
-    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+    format_name: str, checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the specification's size is 16 x 16, the smallest."""
+    """Even if the specification's size is 16 x 16, the smallest; and if only the graph can be run here."""
+    if format_name == "trt-rtx":
+        pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
 
     def load(*args: Any, **options: Any) -> Any:
         engine = load_engine(*args, **options)
@@ -207,7 +215,7 @@ def test_a_file_that_runs_only_at_the_smallest_size_is_not_written(
         return engine
 
     monkeypatch.setattr(parity, "load_engine", load)
-    config = OnnxConfig(height=16, width=16, dynamic_size=True, photos=3, backends=("onnxruntime",))
+    config = FORMATS[format_name].config(height=16, width=16, dynamic_size=True, photos=3)
     with pytest.raises(ParityTolerance, match=r"FAILED.*at another size: largest difference"):
         export(checkpoint_copy, config)
     assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
@@ -276,6 +284,15 @@ def test_autos_choice_has_a_row_next_to_the_exact_one(
         exact, left_alone = export(checkpoint_copy, OnnxConfig(data=oxford_root / "images")).receipt.rows
     assert (exact.engine.split()[0], exact.precision) == ("onnxruntime", "f32")
     assert (left_alone.engine.split()[0], left_alone.precision) == ("openvino", "bf16")
+
+
+@pytest.mark.parametrize(("height", "width", "warned"), [(32, 32, False), (16, 32, True), (32, 48, True)])
+def test_another_size_than_the_trained_one_is_reported(
+    meta: dict[str, Any], height: int, width: int, warned: bool
+) -> None:
+    spec = ModelSpec(name="x", height=height, width=width)
+    notes = build._size_notes(Path("best.safetensors"), Checkpoint({}, meta, "0" * 64), spec)
+    assert [f"trained at 32 x 32; at {height} x {width} its masks" in note for note in notes] == [True] * warned
 
 
 def test_photos_without_labels_have_no_iou(exported: Any) -> None:
@@ -397,12 +414,14 @@ def test_an_unwritable_output_raises_output_error(
     [(OnnxConfig, "best.onnx"), (OpenVINOConfig, "best.xml"), (OpenVINOConfig, "best.bin")],
 )
 def test_an_export_never_overwrites_its_checkpoint(
-    config: type[ExportConfig], name: str, checkpoint_copy: Path, known_graph: None
+    config: type[ExportConfig], name: str, checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoint_copy.rename(checkpoint_copy.with_name(name))
     before = content(checkpoint_copy.parent)
-    with pytest.raises(OutputError, match=rf"{name}: the export would overwrite its source"):
-        export(path, config())
+    monkeypatch.chdir(path.parent)
+    for given, output in ((path, None), (Path(name), path.with_suffix(FORMATS[format_of(config())[0]].suffix))):
+        with pytest.raises(OutputError, match=rf"{name}: the export would overwrite its source"):
+            export(given, config(output=output))
     assert content(checkpoint_copy.parent) == before
 
 
@@ -509,6 +528,28 @@ def test_a_failing_engine_fails_the_export(
     monkeypatch.setattr(build, "measure", failing)
     with pytest.raises(EngineError, match="out of memory"):
         export(checkpoint_copy, OnnxConfig())
+    assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("Unable to allocate 2.79 TiB for an array"),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_running_out_of_memory_is_an_error_with_a_remedy(
+    error: Exception, checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example with ``--batch 1000000``."""
+
+    def fail(deployed: Any, spec: ModelSpec) -> bytes:
+        raise error
+
+    monkeypatch.setattr(build, "graph_bytes", fail)
+    with pytest.raises(EngineError, match=r"out of memory: use a smaller --size or --batch, .*[Aa]llocate"):
+        export(checkpoint_copy, OnnxConfig(photos=1))
     assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
 
 

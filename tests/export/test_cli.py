@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,13 +14,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from command_line import failed
 from petseg.cli import run
-from petseg_export import registry
+from petseg_export import (
+    ExportConfig,
+    OnnxConfig,
+    QuantizeConfig,
+    TensorRTConfig,
+    TensorRTRTXConfig,
+    build,
+    cli,
+    registry,
+)
+from petseg_export.parity import sample
 from petseg_runtime import host, parity
 from petseg_runtime.artifact import open_artifact, sample_photos
+from petseg_runtime.errors import DataError
 from petseg_runtime.extras import install
 from petseg_runtime.onnx_metadata import with_metadata
 
@@ -78,7 +91,8 @@ def test_json_output_is_only_the_receipt(
 
 
 def test_quiet_prints_nothing(checkpoint: Path, known_graph: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["export", str(checkpoint), "-q", "--photos", "1"]) == 0
+    """Nor does it warn, as of this size; see below."""
+    assert run(["export", str(checkpoint), "-q", "--photos", "1", "--size", "16x32", "--batch", "3"]) == 0
     assert capsys.readouterr() == ("", "")
     assert open_artifact(checkpoint.with_suffix(".onnx")).receipt["photos"] == 1
 
@@ -92,12 +106,95 @@ def test_every_option_is_applied_to_the_file(
     spec = artifact.spec
     assert (spec.height, spec.width, spec.batch, spec.precision, spec.dynamic_size) == (16, 48, 3, "fp16", False)
     assert artifact.provenance["measured"] == {"iou": 0.9}
-    assert artifact.receipt["photos"] == 2
+    assert artifact.receipt["names"] == [photo.name for photo in sample(photos, 2, seed=5)]
     # The file matches the checkpoint, which was trained at another size.
     assert re.fullmatch(
         rf"petseg: {checkpoint}: trained at \d+ x \d+; at 16 x 48 its masks may be much worse: .*\n",
         capsys.readouterr().err,
     )
+
+
+ENGINE = ["--max-batch", "4", "--max-size", "64x96", "--onnx", "m.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "kind", "args", "fields"),
+    [
+        ("onnx", OnnxConfig, [], {}),
+        ("trt", TensorRTConfig, [*ENGINE, "--timing-cache", "t"], {"timing_cache": Path("t")}),
+        (
+            "trt-rtx",
+            TensorRTRTXConfig,
+            [*ENGINE, "--compute-capability", "8.9", "--compute-capability", "12.0"],
+            {"compute_capabilities": ("8.9", "12.0")},
+        ),
+    ],
+)
+def test_every_option_reaches_its_setting(
+    format_name: str,
+    kind: type[ExportConfig],
+    args: list[str],
+    fields: dict[str, Any],
+    notes_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def record(*request: Any) -> None:
+        asked.append(request)
+        raise DataError("recorded")
+
+    monkeypatch.setattr("petseg_export.cli.check", lambda config: None)
+    monkeypatch.setattr(build, "export", record)
+    common = "--precision int8 -o x --size 32x48 --dynamic-size --batch 3 --name mine --certain-share 0.25 --data d"
+    more = "--split test --photos 7 --seed 5 --backend onnxruntime --backend openvino --device cuda:1 --threads 3"
+    int8 = "--int8-data e --int8-budget 0.75 --int8-photos 9 --int8-judges 8"
+    options = [*f"{common} {more} {int8}".split(), "--notes", str(notes_file), *args]
+    assert run(["export", "best.safetensors", "--format", format_name, *options]) == 8
+    ((checkpoint, config, _),) = asked
+    assert checkpoint == Path("best.safetensors")
+    engine = {"max_batch": 4, "max_size": (64, 96), "onnx": Path("m.onnx")} if args else {}
+    assert config == kind(
+        output=Path("x"),
+        name="mine",
+        precision="int8",
+        height=32,
+        width=48,
+        dynamic_size=True,
+        batch=3,
+        certain_share=0.25,
+        data=Path("d"),
+        split="test",
+        photos=7,
+        seed=5,
+        backends=("onnxruntime", "openvino"),
+        device="cuda:1",
+        threads=3,
+        quantize=QuantizeConfig(data=Path("e"), budget=0.75, photos=9, judges=8),
+        notes={"measured": {"iou": 0.9}},
+        **engine,
+        **fields,
+    )
+
+
+def test_the_defaults_are_those_of_the_python_api() -> None:
+    shown = {option.name: option.help for option in cli.export.params if isinstance(option, click.Option)}
+    quantize, engine = QuantizeConfig(), TensorRTConfig()
+    for name in ("budget", "photos", "judges"):
+        assert f"[default: {getattr(quantize, name)}]" in shown[f"int8_{name}"]
+    assert f"[default: {engine.max_batch}]" in shown["max_batch"]
+    defaults = {option.name: option.default for option in cli.export.params}
+    for name in ("name", "precision", "split", "photos", "seed", "device"):
+        assert defaults[name] == getattr(OnnxConfig(), name)
+
+
+def test_an_engine_that_was_not_run_is_reported_as_such(
+    exported: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receipt = dataclasses.replace(exported.receipt, rows=(), note="no NVIDIA GPU here")
+    monkeypatch.setattr(build, "export", lambda *request: build.Exported(exported.file, (exported.file,), receipt))
+    assert run(["export", "best.safetensors"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"parity {receipt.summary}"]
 
 
 def test_an_ir_from_an_onnx_file_in_two_steps(

@@ -87,6 +87,8 @@ def test_every_setting_has_a_description(kind: type) -> None:
         ({"certain_share": "x"}, "certain_share is 'x'; it must be above 0 and at most 1"),
         ({"certain_share": float("nan")}, "certain_share is nan"),
         ({"certain_share": True}, "certain_share is True"),
+        ({"certain_share": 0}, "certain_share is 0"),
+        ({"certain_share": 1.01}, "certain_share is 1.01"),
         ({"name": 7}, "name is 7; a string"),
         ({"device": None}, "device is None; a string"),
         ({"seed": "x"}, "seed is 'x'; an integer"),
@@ -132,6 +134,12 @@ def test_invalid_values_are_usage_errors_that_name_setting_and_value(
 def test_invalid_int8_settings_are_rejected(knobs: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         QuantizeConfig(**knobs)
+
+
+def test_the_smallest_and_largest_values_are_valid() -> None:
+    config = TensorRTConfig(certain_share=1, height=16, width=16, photos=1, threads=1, max_batch=1, max_size=(16, 16))
+    assert config.certain_share == 1
+    assert QuantizeConfig(budget=0, photos=1, judges=1).budget == 0
 
 
 @pytest.mark.parametrize("kind", [TensorRTConfig, TensorRTRTXConfig])

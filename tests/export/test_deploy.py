@@ -138,19 +138,35 @@ def test_a_size_not_divisible_by_16_is_rejected(make: Make, random_images: Draw)
 
 
 def test_peaks_match_those_seen_by_forward_hooks(make: Make, random_images: Draw) -> None:
-    """Computed separately for one layer: its folded weights and bias, its inputs and outputs, over all photos."""
+    """Computed separately for three layers, in which the input, the bias and the output are the largest."""
     model, image = make(4), random_images(3, 32, 32)
     peaks = activation_peaks(model, image)
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert list(peaks) == convolutions
-    folded = fold_batchnorm(model)
-    with torch.no_grad():
-        inside = folded.down1(by_hand(image))
-        out = folded.down2[0](nn.functional.max_pool2d(inside, 2))
-    seen = (inside, out, folded.down2[0].weight, folded.down2[0].bias)
-    assert peaks["down2.0"] == pytest.approx(max(float(tensor.detach().abs().max()) for tensor in seen), rel=1e-5)
+    folded, x, largest = fold_batchnorm(model), by_hand(image), []
+    for name in ("down1", "down2", "down3"):
+        block = getattr(folded, name)
+        with torch.no_grad():
+            seen = [float(tensor.abs().max()) for tensor in (x, block[0].weight, block[0].bias, block[0](x))]
+            x = nn.functional.max_pool2d(block(x), 2)
+        assert peaks[f"{name}.0"] == pytest.approx(max(seen), rel=1e-5)
+        largest.append(seen.index(max(seen)))
+    assert largest == [0, 2, 3]
     alone = [activation_peaks(model, image[i : i + 1]) for i in range(3)]
     assert peaks == {name: pytest.approx(max(each[name] for each in alone)) for name in convolutions}
+
+
+def test_negative_values_count_by_their_size(make: Make) -> None:
+    model, black = make(4), np.zeros((1, 32, 32, 3), np.uint8)
+    nn.init.constant_(model.head.weight, -1)
+    nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        for tensor in model.up1.block[4].parameters():
+            tensor.mul_(10)  # so that the logits exceed the weights
+        logits = model(by_hand(black))
+    peaks = activation_peaks(model, black)
+    assert peaks["head"] == pytest.approx(float(-logits.min()), rel=1e-5)
+    assert peaks["down1.0"] == pytest.approx(float(-by_hand(black).min()), rel=1e-5)
 
 
 def test_without_photos_the_peaks_are_those_of_the_weights(make: Make) -> None:

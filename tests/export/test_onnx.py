@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from petseg.model import AttentionUNetConfig
 from petseg.reference import torch_run
 from petseg_export import OnnxConfig, build, export
 from petseg_export.deploy import DeployedUNet, activation_peaks
-from petseg_export.onnx import Session, provenance_of, scan, spec_of
+from petseg_export.onnx import Session, _quiet, provenance_of, scan, spec_of
 from petseg_runtime import __version__, images
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, open_artifact
 from petseg_runtime.engines.registry import load_engine
@@ -144,6 +145,20 @@ def test_fp16_computes_in_float16_with_float32_at_both_ends(exported_half: Any) 
 
 def test_fp16_halves_the_file_size(exported: Any, exported_half: Any) -> None:
     assert exported_half.file.stat().st_size < 0.6 * exported.file.stat().st_size
+
+
+def test_the_exporters_logger_is_quiet_only_during_the_export() -> None:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+
+    @_quiet()
+    def fail() -> None:
+        assert not logger.isEnabledFor(logging.WARNING)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert logger.level == level
 
 
 # ------------------------------------------------------------------------------------------------ batch and size
@@ -319,14 +334,22 @@ def test_overflow_in_a_pure_float16_graph_is_detected_and_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_scan_checks_every_activation(exported: Any, random_images: Any) -> None:
-    data = exported.file.read_bytes()
+@pytest.mark.parametrize("name", ["exported", "exported_half"])
+def test_a_scan_checks_every_activation(name: str, random_images: Any, request: pytest.FixtureRequest) -> None:
+    data = request.getfixturevalue(name).file.read_bytes()
     found = scan(data, list(random_images(2, 32, 32)))
     floats = [node for node in onnx.load_from_string(data).graph.node if node.op_type not in ("Cast", "Squeeze")]
     assert found["photos"] == 2
     assert found["tensors"] >= len(floats)
     assert found["non_finite"] == []
     assert 1 < found["largest"] <= 255
+
+
+def test_a_scan_finds_large_negative_activations(exported: Any, random_images: Any) -> None:
+    proto = onnx.load(exported.file)
+    (bias,) = (tensor for tensor in proto.graph.initializer if tensor.name == "network.head.bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full(1, -1e4, np.float32), bias.name))
+    assert scan(proto.SerializeToString(), list(random_images(1, 32, 32)))["largest"] > 9e3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -27,7 +27,9 @@ from petseg_export.openvino import compile_openvino
 from petseg_runtime.artifact import RECEIPT_KEY, open_artifact, sidecar_of
 from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import ModelError, OutputError, ParityTolerance, PetsegError, UsageError
+from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import Proof, load_proof, proof_of
+from petseg_runtime.spec import SPEC_KEY
 from petseg_runtime.verify import sidecar_of as verified_of
 from petseg_runtime.verify import verify_artifact
 
@@ -267,6 +269,9 @@ def test_a_foreign_onnx_file_is_rejected(
     proto = onnx.load_from_string(data)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "foreign.onnx")
+    spec = open_artifact(exported.file).spec
+    (tmp_path / "unknown.onnx").write_bytes(with_metadata(data, {SPEC_KEY: spec.to_json()}))
+    assert "another checkpoint" in refused(checkpoint_file, tmp_path, tmp_path / "unknown.onnx")
     for name in ("garbage.onnx", "truncated.onnx", "foreign.onnx", "none.onnx"):
         refused(checkpoint_file, tmp_path, tmp_path / name)
     assert "an ONNX file is expected, not openvino" in refused(checkpoint_file, tmp_path, exported_ir.file)

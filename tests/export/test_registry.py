@@ -193,6 +193,8 @@ def test_a_device_that_runs_the_format_is_accepted(monkeypatch: pytest.MonkeyPat
     for config in (OnnxConfig(device="cpu"), OnnxConfig(device="cuda:1"), OpenVINOConfig(device="intel-gpu")):
         check(config)
     monkeypatch.setattr(host, "nvidia_gpus", lambda: 0)
+    for config in (OnnxConfig(device="cpu"), OpenVINOConfig(device="intel-gpu")):
+        check(config)
     with pytest.raises(EngineError, match="trt-rtx: cuda:0 is not available: this machine shows no NVIDIA GPU"):
         check(TensorRTRTXConfig(device="cuda"))
 
@@ -260,6 +262,10 @@ def test_every_rejection_is_a_petseg_error() -> None:
             "compiled unchanged",
         ),
         (OnnxConfig(split="test"), "give their folder with --data"),
+        (
+            OnnxConfig(precision="int8", split="test", quantize=QuantizeConfig(data=Path("pets"))),
+            "split test needs labelled photos: give their folder with --data",
+        ),
         (TensorRTRTXConfig(batch=1, max_batch=4), "this one has a batch of 1"),
         (TensorRTConfig(max_size=(64, 64)), "--dynamic-size"),
     ],

@@ -35,6 +35,7 @@ from petseg_export import (
 )
 from petseg_export.config import EngineConfig
 from petseg_export.deploy import DeployedUNet
+from petseg_export.registry import FORMATS
 from petseg_runtime import host
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact, sidecar_of
 from petseg_runtime.engines.base import Engine
@@ -54,7 +55,7 @@ from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.spec import ModelSpec
 from petseg_runtime.verify import verify_artifact
 
-QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax", "entropy"))
+QUANTIZE = QuantizeConfig(photos=6, judges=6, methods=("minmax", "entropy"), seed=5, budget=0.75)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_an_int8_file_records_how_it_was_quantized(int8: build.Exported) -> None
     assert receipt["stored"] == open_artifact(int8.path).spec.precision == "int8"
     assert set(choice["methods"]) == {"minmax", "entropy"}
     assert choice["method"] in choice["methods"]
-    assert choice["loss"] <= choice["budget"] == 0.5
+    assert choice["loss"] <= choice["budget"] == QUANTIZE.budget
     assert choice["layers_int8"] + len(choice["in_float"]) == choice["layers"] == len(choice["sensitivity"]) == 35
     assert (choice["calibrated_on"]["photos"], choice["judged_on"]["photos"]) == (6, 6)
     for row in receipt["rows"]:
@@ -138,7 +139,15 @@ def test_a_receipt_without_iou_has_no_note_on_shared_photos(
 ) -> None:
     choice = {**(int8.receipt.quantization or {}), build.SHARED: shared}
     rows = tuple(dataclasses.replace(row, task=None) for row in int8.receipt.rows) if ran else ()
-    assert build._receipt_notes(dataclasses.replace(int8.receipt, rows=rows, quantization=choice)) == ()
+    note = "" if ran else "no NVIDIA GPU on the machine that built it"  # part of the receipt's summary
+    assert build._receipt_notes(dataclasses.replace(int8.receipt, rows=rows, quantization=choice, note=note)) == ()
+
+
+@pytest.mark.parametrize(("note", "doubt"), [("", "it may overlap"), ("it may overlap", "it may overlap")])
+def test_a_doubt_about_the_int8_selection_photos_is_reported_once(int8: build.Exported, note: str, doubt: str) -> None:
+    choice = {**(int8.receipt.quantization or {}), build.DOUBT: doubt}
+    notes = build._receipt_notes(dataclasses.replace(int8.receipt, note=note, quantization=choice))
+    assert notes == ("it may overlap; the IoU on such photos is optimistic",)
 
 
 def test_a_receipt_without_a_nan_scan_says_so(int8: build.Exported) -> None:
@@ -189,7 +198,7 @@ def test_an_unmet_int8_budget_writes_nothing(
     judged = iter([0.9])
     monkeypatch.setattr(quantize, "judge_on", lambda photos: lambda graph: next(judged, coin.random() / 2))
     config = OnnxConfig(output=tmp_path / "x.onnx", precision="int8", data=oxford_root, quantize=QUANTIZE)
-    with pytest.raises(ParityTolerance, match=r"budget is 0\.5"):
+    with pytest.raises(ParityTolerance, match=r"budget is 0\.75"):
         export(quarter, config)
     assert not list(tmp_path.iterdir())
 
@@ -214,25 +223,54 @@ def test_a_wrong_normalisation_is_caught_at_float32_tolerance(
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_data_may_differ_from_the_receipts_data(quarter: Path, oxford_root: Path, tmp_path: Path) -> None:
+@pytest.mark.tensorrt
+def test_a_wrong_float16_graph_is_not_compiled(
+    quarter: Path, oxford_root: Path, tmp_path: Path, tracer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its float32 trace is correct; and the engine may not run on this machine."""
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+
+    def shifted(deployed: DeployedUNet, spec: ModelSpec) -> bytes:
+        proto = onnx.load_from_string(tracer(deployed, spec))
+        for tensor in proto.graph.initializer:
+            if tensor.name == "network.head.conv.bias":  # of a convolution that computes in float16
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float16(1), tensor.name))
+        return proto.SerializeToString()
+
+    monkeypatch.setattr(build, "graph_bytes", shifted)
+    config = TensorRTRTXConfig(output=tmp_path / "x.engine", precision="fp16", data=oxford_root / "images")
+    with pytest.raises(ParityTolerance, match=r"^the traced ONNX graph \(fp16\) .* FAILED"):
+        export(quarter, config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_data_may_differ_from_the_receipts_data(
+    trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path
+) -> None:
+    path, data = tmp_path / "best.safetensors", {"names_sha256": "0" * 64, "skipped_without_pet": []}
+    save_checkpoint(path, trained.model.state_dict(), {**meta, "data": data})
     config = OnnxConfig(
         output=tmp_path / "x.onnx",
         precision="int8",
         data=oxford_root / "images",
         quantize=QuantizeConfig(data=oxford_root, photos=2, judges=1, methods=("minmax",)),
     )
-    done = export(quarter, config)
+    done = export(path, config)
     assert done.receipt.photos == 30
     assert all(row.task is None for row in done.receipt.rows)
+    (note,) = done.notes
+    assert "is not what the model was validated on: photos that it was trained on may be among val" in note
 
 
 # ------------------------------------------------------------------------------------------------ compiled from int8
 
 
+@pytest.mark.parametrize("folder", ["", "images"])
 def test_the_ir_of_an_int8_file_keeps_its_quantization_record(
-    int8: build.Exported, quarter: Path, tmp_path: Path
+    folder: str, int8: build.Exported, quarter: Path, oxford_root: Path, tmp_path: Path
 ) -> None:
-    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, photos=4)
+    data = oxford_root / folder if folder else None
+    config = OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=int8.path, data=data, photos=4)
     done = export(quarter, config)
     assert done.receipt.quantization == open_artifact(int8.path).receipt["quantization"]
     assert {row.precision for row in done.receipt.rows} == {"int8"}
@@ -275,6 +313,23 @@ def test_unknown_int8_selection_photos_are_reported(
     assert done.receipt.quantization is not None
     assert done.receipt.quantization[build.SHARED] is None
     assert any("it is not known whether it was tuned on photos of the parity test" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("damaged", [5, {}, {"budget": "0.5"}], ids=str)
+def test_a_damaged_quantization_record_is_rejected(
+    int8: build.Exported, quarter: Path, tmp_path: Path, damaged: Any
+) -> None:
+    given, file = open_artifact(int8.path), tmp_path / "given.onnx"
+    assert given.onnx is not None
+    receipt = json.dumps({**given.receipt, "quantization": damaged})
+    file.write_bytes(with_metadata(int8.path.read_bytes(), {**given.onnx.metadata, RECEIPT_KEY: receipt}))
+    with pytest.raises(ModelError, match=r"given\.onnx: its receipt is damaged \(quantization "):
+        export(quarter, OpenVINOConfig(output=tmp_path / "x.xml", precision="int8", onnx=file, photos=1))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_whole_number_of_points_is_a_valid_budget() -> None:
+    assert build._budget({"budget": 1}) == 1
 
 
 # ------------------------------------------------------------------------------------------------ engines
@@ -380,6 +435,11 @@ def test_limits_that_contradict_the_graph_are_usage_errors(
         build._check_limits(kind(**asked), ModelSpec(name="x", height=64, width=48, **spec))
 
 
+@pytest.mark.parametrize("kind", [TensorRTConfig, TensorRTRTXConfig])
+def test_the_models_own_size_may_be_the_largest(kind: type[EngineConfig]) -> None:
+    build._check_limits(kind(max_size=(64, 48)), ModelSpec(name="x", height=64, width=48, dynamic_size=True))
+
+
 def test_limits_are_checked_early(
     checkpoint_file: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,17 +514,18 @@ def test_a_larger_budget_is_the_receipts_tolerance(int8: build.Exported) -> None
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "foreign"),
     [
-        EngineMissing("cuda-bindings is not installed"),
-        EngineError("cannot run it: an illegal memory access"),
-        EngineForeign("built for 8.9"),
+        (EngineMissing("cuda-bindings is not installed"), True),
+        (EngineError("cannot run it: an illegal memory access"), True),
+        (EngineForeign("built for 8.9"), True),
+        (EngineForeign("built for 8.9"), False),
     ],
 )
 def test_only_an_engine_for_another_gpu_is_not_run(
-    error: EngineError, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: EngineError, foreign: bool, quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a GPU, anything missing is an error; an engine for other GPUs is reported as not run."""
+    """With a GPU, anything missing is an error; an engine that may be for other GPUs is reported as not run."""
     pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
 
     def refuse(artifact: Artifact, *rest: Any, **options: Any) -> Engine:
@@ -472,10 +533,18 @@ def test_only_an_engine_for_another_gpu_is_not_run(
             return load_engine(artifact, *rest, **options)
         raise error
 
+    def compile_nothing(source: Artifact, file: Path, *rest: Any) -> dict[str, Any]:
+        file.write_bytes(b"engine")
+        return {}
+
+    monkeypatch.setattr(tensorrt, "compile_tensorrt_rtx", compile_nothing)
+    monkeypatch.setattr(parity, "overlap_warning", lambda *of: "a doubt about the IoU, if it were computed")
+    if not foreign:
+        monkeypatch.setitem(FORMATS, "trt-rtx", dataclasses.replace(FORMATS["trt-rtx"], foreign=False))
     monkeypatch.setattr(build, "nvidia_gpus", lambda: 1)
     monkeypatch.setattr("petseg_runtime.parity.load_engine", refuse)
     config = TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)
-    if not isinstance(error, EngineForeign):
+    if not (foreign and isinstance(error, EngineForeign)):
         with pytest.raises(type(error), match=str(error)[:13]):
             export(quarter, config)
         assert list(tmp_path.iterdir()) == []

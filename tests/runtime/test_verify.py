@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -14,8 +16,9 @@ from petseg.cli import run
 from petseg_runtime import __version__, host
 from petseg_runtime.artifact import Artifact, open_artifact, sidecar_text
 from petseg_runtime.artifact import sidecar_of as artifact_sidecar_of
+from petseg_runtime.errors import OutputError
 from petseg_runtime.parity import Proof, proof_of
-from petseg_runtime.verify import sidecar_of
+from petseg_runtime.verify import MAX_RESULT, save, sidecar_of
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -293,6 +296,27 @@ def test_an_unreadable_result_does_not_break_info(
     out = capsys.readouterr().out
     assert "verified here  toy.onnx.verified.json: " in out
     assert proven.identity in out
+
+
+def test_a_full_disk_leaves_the_earlier_result(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx.verified.json"
+    save({"passed": True}, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))  # Python ignores the signal
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written \(File too large\): name another file with --output"):
+            save({"passed": False}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_that_is_too_large_is_not_read(proven: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
+    sidecar_of(proven.path).write_bytes(b" " * MAX_RESULT + b"{}")
+    assert run(["info", str(proven.path)]) == 0
+    assert f"{sidecar_of(proven.path).name}: cannot be read (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("road", [None, 7, [], {}, {"summary": ["passed"]}], ids=json.dumps)

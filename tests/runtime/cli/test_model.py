@@ -14,9 +14,11 @@ import pytest
 
 from command_line import CHELSEA, IN_ONNXRUNTIME, files, tampered, uninstall
 from petseg.cli import run
-from petseg_runtime import default_model, host, onnx_metadata
+from petseg_runtime import default_model, host, onnx_metadata, parity
 from petseg_runtime.artifact import PROVENANCE_KEY, RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.engines import onnxruntime, registry
+from petseg_runtime.engines.base import Engine
+from petseg_runtime.engines.registry import load_engine
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
 from petseg_runtime.parity import Proof, proof_of
@@ -46,6 +48,16 @@ def test_a_verification_never_overwrites_a_part_of_a_compiled_model(
     assert run(["verify", str(toy_ir.path), "--output", str(toy_ir.path.with_name(kept))]) == 6
     assert f"{kept}: is part of the model and must not be overwritten" in capsys.readouterr().err
     assert toy_ir.path.with_name(kept).read_bytes() == before
+
+
+def test_a_verification_never_overwrites_the_given_parity_record(
+    proven: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof = proof_of(proven.path).rename(tmp_path / "kept.npz")
+    before = proof.read_bytes()
+    assert run(["verify", str(proven.path), "--proof", str(proof), "--output", str(proof)]) == 6
+    assert "kept.npz: is part of the model and must not be overwritten" in capsys.readouterr().err
+    assert proof.read_bytes() == before
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere.json", "."])
@@ -413,6 +425,19 @@ def test_verify_uses_the_requested_backend(proven: Artifact, capsys: pytest.Capt
         rows = json.loads(capsys.readouterr().out)["rows"]
         assert rows
         assert all(row["engine"].startswith(f"{backend} ") for row in rows)
+
+
+def test_verify_uses_the_requested_device_and_threads(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, exact: bool) -> Engine:
+        asked.append((backend, threads, device))
+        return load_engine(artifact, backend, threads, device=device, exact=exact)
+
+    monkeypatch.setattr(parity, "load_engine", load)
+    options = ["--backend", "onnxruntime", "--device", "cpu", "--threads", "3"]
+    assert run(["verify", str(proven.path), "-q", *options]) == 0
+    assert asked == [("onnxruntime", 3, "cpu")]
 
 
 @pytest.mark.parametrize(

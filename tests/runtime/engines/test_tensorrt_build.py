@@ -10,6 +10,7 @@ import importlib
 import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import pytest
 from petseg_runtime import extras, host
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.tensorrt_build import Profile, build, profile_of, timings_slot
-from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library
+from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library, Record
 from petseg_runtime.errors import EngineError, EngineMissing, ModelError
 from petseg_runtime.spec import ModelSpec
 
+SPEC = ModelSpec(name="x", height=64, width=48)
 GPU = host.Gpu(index=1, name="NVIDIA Fake", compute_capability="8.7", memory=2**33, driver="CUDA 12.6")
 
 
@@ -113,17 +115,58 @@ def test_a_library_failing_with_an_old_driver_gives_a_remedy(
 
 
 @pytest.mark.parametrize(
-    ("minimum", "words"),
+    ("shapes", "words"),
     [
-        ((1, 30, 32, 3), r"minimum of the profile is \[1, 30, 32, 3\].* multiples of 16"),
-        ((1, 32, 32, 4), r"\[N, H, W, 3\] is expected"),
-        ((0, 32, 32, 3), "minimum of the profile"),
-        ((8, 32, 32, 3), r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
+        ({"minimum": (1, 30, 32, 3)}, r"minimum of the profile is \[1, 30, 32, 3\].* multiples of 16"),
+        ({"minimum": (1, 32, 32, 4)}, r"\[N, H, W, 3\] is expected"),
+        ({"minimum": (0, 32, 32, 3)}, "minimum of the profile"),
+        ({"minimum": (8, 32, 32, 3)}, r"\[8, 32, 32, 3\] to \[4, .*minimum <= optimum <= maximum"),
+        ({"optimum": (2, 32, 40, 3)}, r"optimum of the profile is \[2, 32, 40, 3\]"),
+        ({"optimum": (2, 80, 32, 3)}, r"best at \[2, 80, 32, 3\]: minimum <= optimum <= maximum"),
+        ({"maximum": (4, 70, 64, 3)}, r"maximum of the profile is \[4, 70, 64, 3\]"),
     ],
 )
-def test_an_invalid_profile_is_rejected(minimum: tuple[int, int, int, int], words: str) -> None:
+def test_an_invalid_profile_is_rejected(shapes: dict[str, tuple[int, int, int, int]], words: str) -> None:
+    valid = {"minimum": (1, 32, 32, 3), "optimum": (2, 32, 32, 3), "maximum": (4, 64, 64, 3)}
     with pytest.raises(ModelError, match=words):
-        Profile(minimum=minimum, optimum=(2, 32, 32, 3), maximum=(4, 64, 64, 3))
+        Profile(**{**valid, **shapes})
+
+
+def test_a_profile_that_the_library_rejects_is_an_error() -> None:
+    """None that passes our own checks is known; a later version may have further ones."""
+    record = Record()
+    record.errors.append("too many")
+    builder = types.SimpleNamespace(
+        create_optimization_profile=lambda: types.SimpleNamespace(set_shape=lambda *shapes: None)
+    )
+    config = types.SimpleNamespace(add_optimization_profile=lambda optimization: -1)
+    image = types.SimpleNamespace(shape=(-1, 64, 48, 3))
+    with pytest.raises(ModelError, match=r"the library rejects profile \[1, 64, 48, 3\] .* \(too many\)"):
+        tensorrt_build._set_profile(builder, config, image, profile_of(SPEC), record)
+
+
+def test_a_timing_cache_of_another_gpu_is_replaced(tmp_path: Path) -> None:
+    """TensorRT for RTX, which takes its place in the other tests, refuses none."""
+    offered: list[tuple[bytes, bool]] = []
+
+    def set_timing_cache(cache: bytes, *, ignore_mismatch: bool) -> bool:
+        offered.append((cache, ignore_mismatch))
+        return cache != b"another GPU's"
+
+    config = types.SimpleNamespace(create_timing_cache=bytes, set_timing_cache=set_timing_cache)
+    compiler = tensorrt_build._Compiler(None, TRT, GPU, ())
+    place = tmp_path / "timings"
+    for kept, messages in (
+        (b"own", []),
+        (
+            b"another GPU's",
+            [f"{place}: the timing cache is created again: damaged, or of another GPU or version (rejected)"],
+        ),
+    ):
+        place.write_bytes(kept)
+        cache, said = tensorrt_build._timing_cache(compiler, config, place, Record())
+        assert (cache, said) == (b"" if messages else kept, messages)
+    assert offered == [(b"own", False), (b"another GPU's", False), (b"", False)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +187,12 @@ def test_the_profile_follows_from_the_specification(
 ) -> None:
     profile = profile_of(ModelSpec(name="x", height=64, width=48, **spec), *arguments)
     assert (profile and (profile.minimum, profile.optimum, profile.maximum)) == shapes
+
+
+def test_the_line_about_a_missing_driver_is_shown_only_if_there_is_no_other() -> None:
+    driver = "Unable to determine GPU memory usage: CUDA driver version is insufficient (cudaError 35)"
+    assert tensorrt_build._one_line(f"{driver}\n\n  no such operator\n") == "no such operator"
+    assert tensorrt_build._one_line(f"{driver}\n") == driver
 
 
 def test_layer_types_are_parsed_in_the_format_of_tensorrt_10() -> None:
