@@ -463,7 +463,7 @@ def _check(found: _Found, options: _Options) -> None:
     from petseg_runtime.sinks import KINDS, check_looks
 
     kind = options.result
-    if found.photos or not found.streams:
+    if found.photos:
         if kind == "lines":
             raise UsageError("--as lines is for videos; for photos, --json prints the same")
         check_looks(kind, options.format, options.background)
@@ -516,6 +516,8 @@ def _no_video(options: _Options) -> str | None:
     formats = VIDEO_FORMATS.get(options.result, ())
     if not formats:
         return f"--as {options.result} is for photos; for videos, choose one of: {', '.join(VIDEO_FORMATS)}"
+    if options.format and options.result == "lines":
+        return "--format is for pictures and movies; --as lines has none"
     if options.format and options.format not in formats:
         files = ", ".join(name for name in formats if name != "raw")  # raw is for --output - only
         return f"--as {options.result} of a video cannot be written as {options.format}; choose one of: {files}"

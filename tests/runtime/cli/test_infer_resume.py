@@ -71,6 +71,7 @@ def test_a_run_resumes_however_its_folder_is_spelled(
         (["--as", "mask"], "as was 'cutout', now 'mask'"),
         (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
+        (["--threshold", "0.9", "--cutout-threshold", "0.5"], "(threshold was 0.5, now 0.9)"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
         (["--keep-doubtful"], "doubtful was 'left out', now None"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
@@ -131,7 +132,7 @@ def test_a_video_added_later_does_not_prevent_resuming(
     assert "clip.mp4" in capsys.readouterr().err
 
 
-def test_the_video_format_matters_only_with_videos(
+def test_settings_of_videos_matter_only_with_videos(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("av")
@@ -142,6 +143,9 @@ def test_the_video_format_matters_only_with_videos(
     capsys.readouterr()
     assert run([*command, "--resume", "--format", "png"]) == 6  # png is the default for photos, but not for videos
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
+    assert run([*command, "--resume", "--smooth", "0.5"]) == 6
+    assert "smooth was None, now 0.5" in capsys.readouterr().err
+    assert run([*command, "--resume", "--smooth", "0"]) == 3, "as without it"
 
 
 def test_the_number_of_threads_does_not_prevent_resuming(reds: list[str], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from petseg_runtime.video import movie
 from petseg_runtime.video import run as run_module
 from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.numbered import OWN
-from petseg_runtime.video.stream import Segmented, Stream
+from petseg_runtime.video.stream import Reading, Segmented, Stream
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -433,6 +433,8 @@ def test_videos_found_beside_photos_are_skipped_if_the_kind_is_unsupported(
     assert infer(source, *words) == 0
     assert capsys.readouterr().err.startswith(f"petseg: {source / 'a.mov'} and 1 more: skipped: {why}")
     assert tree(tmp_path / "out") == [JOURNAL, result]
+    assert infer(source, *words, "-q") == 0
+    assert capsys.readouterr().err == ""
     assert infer(source, source / "b.mov", *words) == 2
     assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
     (source / "photo.png").unlink()
@@ -959,6 +961,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
     [
         (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and none was given"),
         (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and none was given"),
+        (["{photo}", "--policy", "block"], 2, "--policy is for videos and streams, and none was given"),
         (["{photo}", "--as", "lines"], 2, "--as lines is for videos; for photos, --json prints the same"),
         (["{photo}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
@@ -992,6 +995,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         ),
         (["{clip}", "--as", "lines", "--no-audio"], 2, "ndjson has no sound anyway"),
         (["{clip}", "--as", "lines", "--background", "red"], 2, "--background is for pictures; --as lines has none"),
+        (["{clip}", "--as", "lines", "--format", "png"], 2, "--format is for pictures and movies; --as lines has none"),
         (["{clip}", "--as", "background"], 2, "--background COLOUR or FILE and --as background belong together"),
         (["{clip}", "--background", "chartruse"], 1, "neither a colour"),
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
@@ -1017,6 +1021,25 @@ def test_conflicting_options_are_rejected_before_loading_anything(
     assert "none.onnx" not in err
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_every_option_of_videos_reaches_the_run(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(videos: infer_video.Videos, *_: object) -> None:
+        started.append((videos.reading, videos.output.segment, videos.output.audio, videos.verbose))
+
+    started: list[tuple[Reading, float | None, bool, bool]] = []
+    monkeypatch.setattr(infer_video.Videos, "run", run)
+    options = ["--as", "mask", "--output", tmp_path, "--model", model]
+    given = ["--start", 1, "--stride", 2, "--max-frames", 3, "--policy", "latest", "--stall", 4, "--smooth", 0.5]
+    reading = Reading(start=1, stride=2, max_frames=3, policy="latest", stall=4, smooth=0.5)
+    file = "http://127.0.0.1:9/clip.mp4?token=[a]"  # on a server: it has an end, and FFmpeg opens it
+    assert infer(file, *options, *given, "--segment", 5, "--no-audio", "-v", "--resume") == 0
+    assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
+    assert started == [(reading, 5, False, True), (Reading(patience=6), None, True, False)]
+    assert infer(file, *options, "--give-up", 6) == 2
+    assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
 
 
 def test_a_start_beyond_the_end_is_reported(
@@ -1054,10 +1077,11 @@ def test_a_streams_json_lines_are_segmented_with_continued_numbers(
 ) -> None:
     options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block", "--json"]
     for run_number in (1, 2):
-        assert infer("lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", 60) == 0
+        # The brackets make no pattern of it, and so no search, whose results would need a journal.
+        assert infer("lavfi:testsrc=size=64x48:rate=25[out0]", *options, "--max-frames", 60) == 0
         video = events(capsys.readouterr().out)[-2]
         assert (video["event"], video["files"]) == ("video", 3)
-        assert tree(tmp_path / "lavfi") == [f"{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
+        assert tree(tmp_path) == [f"lavfi/{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
     sizes = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "lavfi").iterdir())]
     assert sizes == [25, 25, 10] * 2
 
