@@ -34,10 +34,14 @@ def test_a_resumed_run_reports_existing_results(
     assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
 
 
-def test_a_failure_after_earlier_results_exits_with_3(reds: list[str], tmp_path: Path) -> None:
+def test_a_failure_after_earlier_results_exits_with_3(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run([*reds, str(tmp_path / "out")]) == 0
     (tmp_path / "photos" / "1.png").write_bytes(b"no photo any more")
     assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"petseg: {tmp_path / 'photos' / '1.png'}: ")
 
 
 def test_a_run_resumes_however_its_folder_is_spelled(

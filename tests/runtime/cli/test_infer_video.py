@@ -1035,9 +1035,12 @@ def test_every_option_of_videos_reaches_the_run(
     given = ["--start", 1, "--stride", 2, "--max-frames", 3, "--policy", "latest", "--stall", 4, "--smooth", 0.5]
     reading = Reading(start=1, stride=2, max_frames=3, policy="latest", stall=4, smooth=0.5)
     file = "http://127.0.0.1:9/clip.mp4?token=[a]"  # on a server: it has an end, and FFmpeg opens it
-    assert infer(file, *options, *given, "--segment", 5, "--no-audio", "-v", "--resume") == 0
+    assert infer(file, *options) == 0
     assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
-    assert started == [(reading, 5, False, True), (Reading(patience=6), None, True, False)]
+    assert tree(tmp_path) == [], "an address is no pattern, whose results would need a journal"
+    assert infer(file, *options, *given, "--segment", 5, "--no-audio", "-v", "--resume") == 0
+    defaults = [(Reading(patience=patience), None, True, False) for patience in (None, 6)]
+    assert started == [*defaults, (reading, 5, False, True)]
     assert infer(file, *options, "--give-up", 6) == 2
     assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
 
