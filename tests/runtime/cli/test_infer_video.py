@@ -208,6 +208,17 @@ def test_an_unreadable_file_among_videos_is_not_taken_for_a_photo(
     assert tree(tmp_path / "out") == [JOURNAL, "clip.ndjson"]
 
 
+@pytest.mark.parametrize(("source", "photos"), [("*.JPG", 1), ("photo.png *.nothing", 2)])
+def test_a_pattern_without_matches_is_counted_among_the_photos_if_it_may_be_one(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], source: str, photos: int
+) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    sources = [clips / "short.mp4", *(tmp_path / name for name in source.split())]
+    assert infer(*sources, "--as", "mask", "--model", model, "--output", tmp_path / "out", "--json") == 3
+    summary = events(capsys.readouterr().out)[-1]
+    assert (summary["photos"], summary["failed"], summary["videos"]["count"]) == (photos, 1, 1)
+
+
 def test_one_bad_video_does_not_stop_a_folder(
     tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -973,8 +984,11 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["lavfi:testsrc", "{clip}"], 2, "live sources run until they are stopped"),
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
+        (["-", "-", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
+        (["-", "--raw", "64x48@25", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
         (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos\n"),
+        (["{clip}", "--as", "mask", "--fast-decode"], 2, "--fast-decode is for photos"),
         (
             ["{photo}", "{clip}", "--only-found"],
             2,
@@ -1005,6 +1019,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
         (["{clip}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
+        (["{photo}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
     ],
 )
 def test_conflicting_options_are_rejected_before_loading_anything(
