@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from petseg.cli import run
 from petseg_runtime import Segmenter, default_model
 from petseg_runtime.artifact import Artifact, open_artifact
 from petseg_runtime.cli.infer import infer
+from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
 from petseg_runtime.journal import JOURNAL
@@ -606,7 +608,27 @@ def test_the_cpu_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.Captu
     assert " on cpu, " in capsys.readouterr().err
 
 
-def test_a_skipped_engine_is_reported_on_stderr(
+@pytest.mark.parametrize(("photos", "threads", "streams"), [(5, 2, 2), (5, 8, 5), (1, 8, 1)])
+def test_no_more_photos_are_in_the_engine_than_there_are(
+    reds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    photos: int,
+    threads: int,
+    streams: int,
+) -> None:
+    def load(*_: object, **options: Any) -> None:
+        raise EngineError(f"{options['threads']} threads, {options['streams']} streams")
+
+    monkeypatch.setattr("petseg_runtime.segmenter.Segmenter", load)
+    for photo in sorted((tmp_path / "photos").iterdir())[photos:]:
+        photo.unlink()
+    args = [*reds, str(tmp_path / "out"), "--threads", str(threads)]
+    assert failed(args, capsys)[1] == f"petseg: {threads} threads, {streams} streams\n"
+
+
+def test_a_skipped_engine_and_an_engines_notes_are_reported_on_stderr(
     toy: Toy, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("openvino")
@@ -619,6 +641,15 @@ def test_a_skipped_engine_is_reported_on_stderr(
     command = ["infer", str(photo), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(tmp_path / "out")]
     assert run(command) == 0
     assert capsys.readouterr().err == "petseg: openvino is out of order\n"
+
+    def describe(segmenter: Segmenter) -> EngineInfo:
+        info = real(segmenter)
+        return dataclasses.replace(info, notes=(*info.notes, "kernels compiled again"))
+
+    real = Segmenter.describe
+    monkeypatch.setattr(Segmenter, "describe", describe)
+    assert run(command) == 0
+    assert capsys.readouterr().err == "petseg: openvino is out of order\npetseg: kernels compiled again\n"
     assert run([*command, "-q"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -892,6 +923,9 @@ def test_infer_uses_the_requested_size(toy: Toy, tmp_path: Path, capsys: pytest.
     np.testing.assert_array_equal(exact, pixels[..., 0])
     said = "petseg: --size 48 x 80: the model is for 16 x 32; at other sizes, its masks may be much worse\n"
     assert capsys.readouterr().err == said
+    for quiet, printed in ([], said.replace("48 x 80", "16 x 80")), (["-q"], ""):
+        segmented(photo, tmp_path / "wide", "--model", model, "--size", "16x80", *quiet)
+        assert capsys.readouterr().err == printed
     own = segmented(photo, tmp_path / "b", "--model", model)
     np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))
     assert capsys.readouterr().err == ""

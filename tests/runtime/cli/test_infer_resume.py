@@ -76,6 +76,7 @@ def test_a_run_resumes_however_its_folder_is_spelled(
         (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
         (["--threshold", "0.9", "--cutout-threshold", "0.5"], "(threshold was 0.5, now 0.9)"),
+        (["--size", "32x16", "-q"], "size was [16, 32], now [32, 16]"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
         (["--keep-doubtful"], "doubtful was 'left out', now None"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
@@ -94,6 +95,7 @@ def test_resuming_with_other_settings_exits_with_6_and_changes_nothing(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    toy(tmp_path / "toy.onnx", dynamic_size=True)
     toy(tmp_path / "other.onnx", channel=1)
     command = [*reds, str(tmp_path / "out"), "--backend", "onnxruntime"]
     assert run(command) == 0
@@ -150,6 +152,9 @@ def test_settings_of_videos_matter_only_with_videos(
     assert run([*command, "--resume", "--smooth", "0.5"]) == 6
     assert "smooth was None, now 0.5" in capsys.readouterr().err
     assert run([*command, "--resume", "--smooth", "0"]) == 3, "as without it"
+    photo.unlink()
+    assert run(command) == 1
+    assert run([*command, "--resume", "--format", "mp4"]) == 1, "the default for videos"
 
 
 def test_the_number_of_threads_does_not_prevent_resuming(reds: list[str], tmp_path: Path) -> None:
