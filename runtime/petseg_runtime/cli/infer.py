@@ -761,7 +761,7 @@ def _print_report(report: Report | None, videos: Videos | None, options: _Option
         return
     if report:
         _print_photos(report, options.folder, options.verbose, options.quiet)
-    if videos and not options.quiet and options.folder and len(videos.reports) + videos.skipped > 1:
+    if videos and not options.quiet and len(videos.reports) + videos.skipped > 1:
         counts = videos.summary()
         words = {"done": "done", "skipped": "already there", "stopped": "stopped", "failed": "failed"}
         click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))

@@ -163,7 +163,7 @@ def test_text_output_has_a_line_per_result_and_a_count(
     out, err = capsys.readouterr()
     result, count = out.splitlines()
     assert result.startswith(f"{photo} -> {tmp_path / 'out' / 'cat.png'}  ")
-    assert result.endswith("% pet")
+    assert re.search(r"  [1-9]\d % pet$", result)
     assert count == f"2 photos: 1 written to {tmp_path / 'out'}, 1 failed"
     assert err.startswith(f"petseg: {photo.parent / 'bad.jpg'}: ")
     assert len(err.splitlines()) == 1
@@ -190,6 +190,8 @@ def test_full_failure_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(err.splitlines()) == 3
     assert "missing.jpg: no such file" in err
     assert "3 photos: 0 written" in out
+    assert run(["infer", str(tmp_path / "missing.jpg"), "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out == f"1 photo: 0 written to {tmp_path / 'out'}, 1 failed\n"
 
 
 def test_a_folder_without_photos_exits_with_1_and_creates_no_output(
@@ -331,6 +333,10 @@ def test_coco_writes_one_file_for_all_photos(
     assert isinstance(annotation["segmentation"], list if kind == "coco-polygons" else dict)
     assert annotation["area"] == pytest.approx(result["coverage"] * 300 * 451, abs=1)
     assert annotation["bbox"] == result["box"]
+    args.remove("--json")
+    args[1] = str(photo)
+    assert run(args) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"1 photo: 1 written to {out / 'annotations.json'}"]
 
 
 def test_a_background_implies_the_kind_of_result(photo: Path, tmp_path: Path) -> None:
@@ -764,6 +770,8 @@ def test_without_a_pet_stdout_is_empty_and_stderr_says_why(
     assert capsys.readouterr() == ("", f"petseg: {blue}: no pet found, nothing written\n")
     assert run([*words, "-q"]) == 0
     assert capsys.readouterr() == ("", "")
+    assert run([*words, "-v"]) == 0
+    assert capsys.readouterr().out == "", "nothing but pictures"
 
 
 def test_a_second_run_skips_the_results_of_the_first(

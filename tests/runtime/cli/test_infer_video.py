@@ -921,6 +921,10 @@ def test_text_output_has_a_line_per_video_and_a_count(
     assert capsys.readouterr() == ("", "")
     assert infer(source, *options, "-v") == 0
     assert {"decode:", "convert:", "infer:", "write:", "latency:"} <= set(capsys.readouterr().err.split())
+    (tmp_path / "out" / "b.mp4").unlink()
+    assert infer(source, *options, "--resume") == 0
+    _, count = capsys.readouterr().out.splitlines()
+    assert count == "2 videos: 1 done, 1 already there"
 
 
 @pytest.mark.parametrize("options", [[], ["--max-frames", "30"]])
