@@ -565,7 +565,7 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=options.resume)
+    return check_places(output, found.streams, photos, resume=_resumes(options))
 
 
 def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
@@ -597,17 +597,21 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 def _sink(found: _Found, options: _Options, background: Background | None) -> Sink:
     """Returns the sink that writes the photos' results."""
     from petseg_runtime import sinks
-    from petseg_runtime.journal import JOURNAL
 
-    folder = options.folder
-    # Without a journal, petseg has not written here before, so the files there are not its own.
-    resume = options.resume and folder is not None and (folder / JOURNAL).exists()
+    folder, resume = options.folder, _resumes(options)
     if folder and options.coco:
         return sinks.CocoSink(folder, options.result, found.items, resume=resume)
     picture = sinks.picture(options.result, options.format, background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
+
+
+def _resumes(options: _Options) -> bool:
+    """Whether there is a run to resume: without a journal, petseg has not written there, and no file is its own."""
+    from petseg_runtime.journal import JOURNAL
+
+    return options.resume and options.folder is not None and (options.folder / JOURNAL).exists()
 
 
 def _segmenter(photos: int, options: _Options) -> Segmenter:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 from PIL import Image
 
+from clips import write_clip
 from command_line import files
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL, Journal
@@ -197,3 +198,18 @@ def test_resuming_beside_the_photos_replaces_only_its_own_results(
     assert run([*command, "--output", str(tmp_path)]) == 0
     with Image.open(tmp_path / "cat.jpg") as overlay:
         assert overlay.size == (20, 30)
+
+
+def test_resuming_beside_the_videos_replaces_only_its_own_results(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clip(tmp_path / "clip.mp4", 3, sound=None)
+    (tmp_path / "clip.webm").write_bytes(b"somebody's own")
+    command = ["infer", str(tmp_path / "clip.mp4"), "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
+    assert run([*command, "--output", str(tmp_path)]) == 6
+    assert "already exists beside the videos" in capsys.readouterr().err
+    assert (tmp_path / "clip.webm").read_bytes() == b"somebody's own"
+    (tmp_path / "clip.webm").unlink()
+    for printed in (1, 0):  # its own result is neither in the way nor made again
+        assert run([*command, "--output", str(tmp_path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == printed
