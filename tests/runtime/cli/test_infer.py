@@ -713,7 +713,9 @@ def test_only_found_writes_nothing_for_photos_without_a_pet(
     assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
     assert run([*mixed_photos, str(tmp_path / "json"), "--only-found", "--json"]) == 0
-    *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    *records, summary = map(json.loads, printed.out.splitlines())
     left_out = [record for record in records if record["left_out"]]
     assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
         ("result", False, None)

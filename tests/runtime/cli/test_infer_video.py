@@ -981,6 +981,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["{photo}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "ab"], 2, "expected NAME=VALUE"),
+        (["{clip}", "--input-option", "=b"], 2, "expected NAME=VALUE"),
         (["{clip}", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
         (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and none was given"),
         (["lavfi:testsrc", "--start", "3"], 2, "--start is for sources that have an end, and none was given"),
@@ -1045,10 +1046,12 @@ def test_conflicting_options_are_rejected_before_loading_anything(
 def test_every_option_of_videos_reaches_the_run(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(videos: infer_video.Videos, *_: object) -> None:
+    def run(videos: infer_video.Videos, origins: list[Origin], *_: object) -> None:
         started.append((videos.reading, videos.output.segment, videos.output.audio, videos.verbose))
+        passed.append(origins[0].options)
 
     started: list[tuple[Reading, float | None, bool, bool]] = []
+    passed: list[Any] = []
     monkeypatch.setattr(infer_video.Videos, "run", run)
     options = ["--as", "mask", "--output", tmp_path, "--model", model]
     given = ["--start", 1, "--stride", 2, "--max-frames", 3, "--policy", "latest", "--stall", 4, "--smooth", 0.5]
@@ -1057,9 +1060,11 @@ def test_every_option_of_videos_reaches_the_run(
     assert infer(file, *options) == 0
     assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
     assert tree(tmp_path) == [], "an address is no pattern, whose results would need a journal"
-    assert infer(file, *options, *given, "--segment", 5, "--no-audio", "-v", "--resume") == 0
+    given += ["--segment", 5, "--no-audio", "-v", "--resume", "--input-option", "headers=a=b"]
+    assert infer(file, *options, *given) == 0
     defaults = [(Reading(patience=patience), None, True, False) for patience in (None, 6)]
     assert started == [*defaults, (reading, 5, False, True)]
+    assert passed[2] == {"headers": "a=b"}
     assert infer(file, *options, "--give-up", 6) == 2
     assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
 
