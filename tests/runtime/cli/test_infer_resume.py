@@ -198,6 +198,10 @@ def test_resuming_beside_the_photos_replaces_only_its_own_results(
     assert run([*command, "--output", str(tmp_path)]) == 0
     with Image.open(tmp_path / "cat.jpg") as overlay:
         assert overlay.size == (20, 30)
+    command[command.index("overlay")] = "coco-rle"
+    (tmp_path / JOURNAL).unlink()
+    for _ in range(2):
+        assert run([*command, "--output", str(tmp_path)]) == 0
 
 
 def test_resuming_beside_the_videos_replaces_only_its_own_results(

@@ -395,6 +395,20 @@ def test_a_result_never_replaces_files_beside_the_source(
     assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
 
 
+def test_a_photos_result_never_replaces_a_file_beside_a_video(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("photos", "videos"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(picture(0)).save(tmp_path / "photos" / "cat.jpg")
+    clip = shutil.copy(clips / "short.mp4", tmp_path / "videos" / "clip.mov")
+    (tmp_path / "videos" / "cat.png").write_text("mine")
+    options = ["--as", "mask", "--output", tmp_path / "videos", "--model", model]
+    assert infer(tmp_path / "photos" / "cat.jpg", clip, *options) == 6
+    assert "already exists, beside the" in capsys.readouterr().err
+    assert (tmp_path / "videos" / "cat.png").read_text() == "mine"
+
+
 def test_a_videos_pictures_are_not_mixed_with_photo_results(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -582,6 +596,23 @@ def test_a_duplicate_signal_counts_once(tmp_path: Path, clips: Path, model: str)
     *_, video, summary = events(done.stdout)
     assert summary["videos"]["stopped"] == 1
     assert frames_in(tmp_path / "long.mp4") == video["written"] >= 5
+
+
+def test_a_stopped_file_is_not_done_and_the_next_is_not_begun(
+    tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(videos: infer_video.Videos, origin: Origin, segmented: Segmented) -> None:
+        if segmented.frame.number == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = [clips / "long.mp4", clips / "short.mp4", "--as", "lines", "--output", tmp_path, "--model", model]
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_video.Videos, "_print_frame", interrupted)
+        assert infer(*options) == 143
+    assert tree(tmp_path) == [JOURNAL, "long.ndjson"]
+    assert infer(*options, "--resume") == 0
+    assert tree(tmp_path) == [JOURNAL, "long.ndjson", "short.ndjson"]
+    assert len((tmp_path / "long.ndjson").read_text().splitlines()) == 500
 
 
 def test_a_killed_run_is_resumed(
@@ -1111,6 +1142,13 @@ def test_a_streams_json_lines_are_segmented_with_continued_numbers(
         assert tree(tmp_path) == [f"lavfi/{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
     sizes = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "lavfi").iterdir())]
     assert sizes == [25, 25, 10] * 2
+
+
+def test_a_streams_pictures_go_into_a_new_folder_each_time(tmp_path: Path, model: str) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model, "--max-frames", 2, "-q"]
+    for _ in range(2):
+        assert infer("lavfi:testsrc=size=64x48:rate=25", *options) == 0
+    assert tree(tmp_path) == [f"lavfi/000{folder}/00000{number}.png" for folder in (1, 2) for number in (0, 1)]
 
 
 def test_a_videos_json_lines_can_be_segmented(tmp_path: Path, clips: Path, model: str) -> None:
