@@ -152,8 +152,9 @@ def mixed(folder: Path, clips: Path) -> Path:
 
 
 def test_every_file_of_a_mixed_folder_is_accounted_for(
-    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
     source, out = mixed(tmp_path / "in", clips), tmp_path / "out"
     os.mkfifo(source / "pipe.mp4")  # nobody writes into it
     assert infer(source, "--as", "mask", "--model", model, "--output", out, "--json") == 3
@@ -162,6 +163,8 @@ def test_every_file_of_a_mixed_folder_is_accounted_for(
     assert summary["event"] == "summary"
     assert (summary["photos"], summary["done"], summary["failed"]) == (3, 2, 1)
     assert summary["videos"] == {"count": 7, "done": 3, "failed": 4, "stopped": 0, "skipped": 0}
+    assert {event["event"] for event in told} == {"result", "failure", "frame", "video"}, "statistics are of streams"
+    assert not any("latency" in event for event in told)
     names = ["a/clip.jpg.png", "a/clip.mov.mp4", "a/clip.mp4.mp4", "b/x.mp4", "b/x2.png", "cut.mp4"]
     assert tree(out) == sorted([JOURNAL, *names])
     of_cut = next(event for event in told if event["event"] == "video" and event["input"].endswith("cut.mp4"))
@@ -326,7 +329,9 @@ def test_frames_that_cannot_be_converted_are_reported(
     monkeypatch.setattr(Frame, "pixels", pixels)
     options = ["--as", "mask", "--model", model, "--output", tmp_path]
     assert infer(clips / "short.mp4", *options) == 1
-    assert capsys.readouterr().err == (
+    out, err = capsys.readouterr()
+    assert f"{clips / 'short.mp4'} -> {tmp_path / 'short.mp4'}  18 frames, 2 failed, 100 % with a pet, " in out
+    assert err == (
         f"petseg: {clips / 'short.mp4'}: 2 of 20 frames could not be converted (frames in odd colours cannot be "
         "converted); the rest was written\n"
     )
@@ -609,6 +614,8 @@ def test_a_stopped_file_is_not_done_and_the_next_is_not_begun(
     with monkeypatch.context() as patch:
         patch.setattr(infer_video.Videos, "_print_frame", interrupted)
         assert infer(*options) == 143
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(rf"{re.escape(str(clips / 'long.mp4'))} -> .*  stopped, \d+ frames", line)
     assert tree(tmp_path) == [JOURNAL, "long.ndjson"]
     assert infer(*options, "--resume") == 0
     assert tree(tmp_path) == [JOURNAL, "long.ndjson", "short.ndjson"]
@@ -699,11 +706,15 @@ def test_numbered_files_are_never_written_among_the_sources(
     assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
-def test_segments_of_a_longer_run_are_removed(tmp_path: Path, clips: Path, model: str) -> None:
+def test_segments_of_a_longer_run_are_removed(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment"]
     assert infer(clips / "short.mp4", *options, 0.2) == 0
+    assert f" -> {tmp_path / 'short' / '0001.mp4'} and 3 more  20 frames, " in capsys.readouterr().out
     assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4", "0003.mp4", "0004.mp4"]
     assert infer(clips / "short.mp4", *options, 0.4) == 0
+    assert f" -> {tmp_path / 'short' / '0001.mp4'} and 1 more  20 frames, " in capsys.readouterr().out
     assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4"]
     assert [frames_in(tmp_path / "short" / f"000{n}.mp4") for n in (1, 2)] == [10, 10]
 
@@ -887,6 +898,7 @@ def test_events_of_a_stream_account_for_every_frame(
     video = next(event for event in told if event["event"] == "video")
     states = [event for event in told if event["event"] == "state"]
     assert [(event["state"], event["attempt"]) for event in states] == [("connecting", 1), ("live", 1), ("ended", 1)]
+    assert all(None not in event.values() for event in states)
     assert (video["frames"]["decoded"], video["frames"]["failed"]) == (30, 0)
     assert video["frames"]["dropped"] == 30 - video["written"] > 0
     frames = [event for event in told if event["event"] == "frame"]
@@ -897,6 +909,18 @@ def test_events_of_a_stream_account_for_every_frame(
     assert all(event["latency"] >= 0 for event in frames)
     (file,) = video["paths"]
     assert frames_in(Path(file)) == video["written"]
+
+
+def test_statistics_come_at_intervals(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.3)
+    options = ["--as", "lines", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30]
+    assert infer("lavfi:testsrc=size=64x48:rate=25,realtime", *options) == 0
+    told = events(capsys.readouterr().out)
+    seconds = [event["seconds"] for event in told if event["event"] == "statistics"]
+    assert len(seconds) >= 2
+    assert all(later - earlier > 0.29 for earlier, later in itertools.pairwise(seconds))
 
 
 def test_sources_displayed_alike_have_separate_names_and_statistics(
@@ -956,6 +980,21 @@ def test_text_output_has_a_line_per_video_and_a_count(
     assert infer(source, *options, "--resume") == 0
     _, count = capsys.readouterr().out.splitlines()
     assert count == "2 videos: 1 done, 1 already there"
+
+
+def test_the_states_of_a_stream_and_notes_about_a_video_are_printed_unless_quiet(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, clip = "lavfi:testsrc=size=64x48:rate=25", clips / "short.mp4"
+    for source, printed in (
+        (stream, [f"{stream}: connecting", f"{stream}: live, 64 x 48", f"{stream}: ended (frame limit reached)"]),
+        (clip, [f"{clip}: the audio (aac) is re-encoded as opus"]),
+    ):
+        options = [source, "--as", "cutout", "--output", tmp_path, "--model", model, "--max-frames", 3]
+        assert infer(*options) == 0
+        assert capsys.readouterr().err.splitlines() == [f"petseg: {line}" for line in printed]
+        assert infer(*options, "-q") == 0
+        assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("options", [[], ["--max-frames", "30"]])
