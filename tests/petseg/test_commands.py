@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,10 +30,12 @@ from petseg import train as training
 from petseg.cli import run
 from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
+from petseg.distributed import Ranks
 from petseg.evaluate import as_shown, evaluate, open_model
 from petseg.lock import LOCK
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
+from petseg_runtime.errors import NonFiniteLoss
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
 #: The cache folder of each test is empty, and matplotlib would take seconds to fill it.
@@ -178,6 +181,20 @@ def test_a_photo_that_became_unreadable_costs_a_picture_and_not_the_run(
     assert json.loads((out / "run.json").read_text())["epochs"] == 1
 
 
+def test_excluded_photos_are_named_even_if_quiet_and_the_run_exits_with_3(
+    oxford_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, out = find(oxford_copy, Split.TRAINVAL)[0], tmp_path / "run"
+    bad.image.write_bytes(b"no photo")
+    args = ["train", "--data", str(oxford_copy), "--output", str(out), *SMALL, "--epochs", "1", "-q"]
+    assert run([*args, "--set", "data.on_bad=skip"]) == 3
+    printed, err = capsys.readouterr()
+    assert not printed
+    (line,) = err.splitlines()
+    assert str(bad.image) in line
+    assert {path.name for path in out.iterdir()} == FILES
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -224,6 +241,7 @@ def test_a_bad_setting_is_named(
         (["--device", "cuda:99"], 5, "--device cuda:99"),
         (["--device", "toaster"], 5, "'toaster'"),
         (["--data", "/nowhere"], 8, "/nowhere"),
+        (["--output", "/dev/null/run"], 6, "/dev/null/run: cannot be written to (/dev/null is not a folder)"),
         (["--config", "/nowhere.toml"], 9, "/nowhere.toml"),
         (["--init", "/nowhere.safetensors"], 4, "/nowhere.safetensors: no such file"),
         (["--resume"], 9, "nothing to resume"),
@@ -357,6 +375,56 @@ def test_folders_device_start_and_command_reach_the_trainer(asked: Any, monkeypa
     assert (given["init"], given["resume"]) == (Path("start.safetensors"), False)
     assert given["teacher"] == Path("t.onnx")
     assert given["provenance"]["command"] == "petseg train --data 'my pets'"
+
+
+def test_without_an_option_the_device_is_chosen_automatically(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(*names: object) -> None:
+        raise Seen(names)
+
+    monkeypatch.setattr("petseg.distributed.local_device", seen)
+    monkeypatch.setattr("petseg.evaluate.open_model", seen)
+    for args, names in (
+        (["train", "--data", "d", "--output", "o"], ("auto",)),
+        (["evaluate", "m.onnx", "--data", "d"], (Path("m.onnx"), "auto", "auto")),
+        (
+            ["evaluate", "m.onnx", "--data", "d", "--device", "gpu", "--backend", "ov"],
+            (Path("m.onnx"), "gpu", "openvino"),
+        ),
+    ):
+        with pytest.raises(Seen) as caught:
+            run(args)
+        assert caught.value.args == (names,)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(KeyboardInterrupt(), 143, "petseg: interrupted\n"), (NonFiniteLoss("loss nan"), 9, "petseg: loss nan\n")],
+    ids=["signal", "nan"],
+)
+def test_what_ends_all_processes_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    class Ends:
+        stopped_by = signal.SIGTERM
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def fit(self, **_: object) -> None:
+            raise error
+
+    monkeypatch.setattr(training, "Trainer", Ends)
+    args = ["train", "--data", "d", "--output", str(tmp_path), "--device", "cpu"]
+    for rank in range(2):
+        one = contextlib.nullcontext(Ranks(rank, 2, 2))
+        monkeypatch.setattr("petseg.distributed.join", lambda device, one=one: one)
+        assert run(args) == code
+        assert capsys.readouterr() == ("", "" if rank else said)
 
 
 def test_the_commit_on_record_is_that_of_the_start(
@@ -630,6 +698,7 @@ def test_masks_without_a_border_are_measured_at_the_threshold_for_cutouts_too(
     )
     assert f"{record['iou']:.4f}" in masks
     assert f"{lower['iou']:.4f}" in cutouts
+    assert "the masks have no border class" in out
     assert "if the masks include the fur at the outline, compare by the threshold for cutouts" in out
     assert "cutout" not in measured(capsys, path, "--data", oxford_root)
     checkpoints.save_checkpoint(path, saved.tensors, {**saved.meta, "spec": {**spec, "cutout_threshold": 0.6}})
@@ -652,8 +721,12 @@ def test_people_get_a_table_and_the_report(
     assert run([*args, "--output", str(tmp_path / "report"), "--threshold", "0.25"]) == 0
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "report" / "evaluation.json").read_text())
-    for words in ("6 photos, threshold 0.250", "background", "ignored", f"{record['accuracy']:.4f}", "images.csv"):
-        assert words in out
+    assert "6 photos, threshold 0.250" in out
+    assert "images.csv" in out
+    names = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
+    for title, values in record["readings"].items():
+        (row,) = (line for line in out.splitlines() if re.match(rf"\W*{title} ", line))
+        assert re.findall(r"\d\.\d{4}", row) == [f"{values[name]:.4f}" for name in names]
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"evaluation.json", "images.csv", "worst.png"}
     assert run([*args, "-q"]) == 0
     assert capsys.readouterr().out == ""

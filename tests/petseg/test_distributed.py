@@ -365,8 +365,9 @@ def test_an_error_begins_with_the_rank_of_its_process(
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setattr(distributed, "join", lambda device: contextlib.nullcontext(Ranks(1, 2, 2)))
         assert run(args) in (2, 8)
-        message = capsys.readouterr().err.splitlines()[-1]
+        *usage, message = capsys.readouterr().err.splitlines()
         assert message.startswith((f"petseg: {rank}/nowhere", f"Error: {rank}Invalid value for '--batch'"))
+        assert any("Usage: petseg train" in line for line in usage) == ("--batch" in more)
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,9 @@ def test_curves_and_pictures(oxford_root: Path, tmp_path: Path, capsys: pytest.C
     assert set(np.unique(pixels[:, 144:])) <= {0, 255}
     assert {0, 255} <= set(np.unique(pixels[:, 48:96]))
 
-    # a finished run resumed adds nothing
-    assert run([*args, "--resume"]) == 0
+    # a finished run resumed adds nothing, and is reported as without TensorBoard
+    assert run([*args[:-1], "--resume"]) == 0
+    assert "attention U-Net, width" in capsys.readouterr().err
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
 

@@ -463,7 +463,7 @@ def _check(found: _Found, options: _Options) -> None:
     from petseg_runtime.sinks import KINDS, check_looks
 
     kind = options.result
-    if found.photos or not found.streams:
+    if found.photos:
         if kind == "lines":
             raise UsageError("--as lines is for videos; for photos, --json prints the same")
         check_looks(kind, options.format, options.background)
@@ -516,6 +516,8 @@ def _no_video(options: _Options) -> str | None:
     formats = VIDEO_FORMATS.get(options.result, ())
     if not formats:
         return f"--as {options.result} is for photos; for videos, choose one of: {', '.join(VIDEO_FORMATS)}"
+    if options.format and options.result == "lines":
+        return "--format is for pictures and movies; --as lines has none"
     if options.format and options.format not in formats:
         files = ", ".join(name for name in formats if name != "raw")  # raw is for --output - only
         return f"--as {options.result} of a video cannot be written as {options.format}; choose one of: {files}"
@@ -563,7 +565,7 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=options.resume)
+    return check_places(output, found.streams, photos, resume=_resumes(options))
 
 
 def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
@@ -595,17 +597,21 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 def _sink(found: _Found, options: _Options, background: Background | None) -> Sink:
     """Returns the sink that writes the photos' results."""
     from petseg_runtime import sinks
-    from petseg_runtime.journal import JOURNAL
 
-    folder = options.folder
-    # Without a journal, petseg has not written here before, so the files there are not its own.
-    resume = options.resume and folder is not None and (folder / JOURNAL).exists()
+    folder, resume = options.folder, _resumes(options)
     if folder and options.coco:
         return sinks.CocoSink(folder, options.result, found.items, resume=resume)
     picture = sinks.picture(options.result, options.format, background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
     return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
+
+
+def _resumes(options: _Options) -> bool:
+    """Whether there is a run to resume: without a journal, petseg has not written there, and no file is its own."""
+    from petseg_runtime.journal import JOURNAL
+
+    return options.resume and options.folder is not None and (options.folder / JOURNAL).exists()
 
 
 def _segmenter(photos: int, options: _Options) -> Segmenter:
@@ -759,7 +765,7 @@ def _print_report(report: Report | None, videos: Videos | None, options: _Option
         return
     if report:
         _print_photos(report, options.folder, options.verbose, options.quiet)
-    if videos and not options.quiet and options.folder and len(videos.reports) + videos.skipped > 1:
+    if videos and not options.quiet and len(videos.reports) + videos.skipped > 1:
         counts = videos.summary()
         words = {"done": "done", "skipped": "already there", "stopped": "stopped", "failed": "failed"}
         click.echo(f"{counts['count']} videos: " + ", ".join(f"{counts[n]} {w}" for n, w in words.items() if counts[n]))

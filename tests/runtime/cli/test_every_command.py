@@ -18,6 +18,7 @@ from command_line import IN_ONNXRUNTIME, files, petseg
 from petseg.cli import COMMANDS, run
 from petseg_runtime import __version__, default_model
 from petseg_runtime.engines.base import DEVICES
+from petseg_runtime.extras import install
 from petseg_runtime.files import replacing
 from petseg_runtime.signals import terminable
 
@@ -104,10 +105,11 @@ def test_a_deleted_working_folder_is_a_one_line_error(
     assert capsys.readouterr() == ("", "petseg: the current folder was deleted; change to another (cd)\n")
 
 
+@pytest.mark.parametrize("name", ["a\n" * 200, b"a\n" * 200], ids=type)
 def test_a_name_that_is_too_long_is_a_one_line_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str | bytes
 ) -> None:
-    monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: os.stat("a\n" * 200))  # noqa: PTH116 (Path may hide it)
+    monkeypatch.setattr("petseg.cli.petseg.main", lambda **_: os.stat(name))  # noqa: PTH116 (Path may hide it)
     assert run(["verify"]) == 1
     assert capsys.readouterr().err == "petseg: " + r"a\n" * 200 + ": no file can have so long a name\n"
 
@@ -130,7 +132,10 @@ NO_THREAD = "no more threads or processes can be started: raise the limit (ulimi
         (RuntimeError("can't start new thread"), 1, NO_THREAD),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 1, NO_THREAD),
         (OSError(errno.EMFILE, "Too many open files"), 1, "too many open files: raise the limit (ulimit -n)"),
+        (OSError(errno.ENFILE, "File table overflow"), 1, "too many open files: raise the limit (ulimit -n)"),
         (MemoryError(), 1, "not enough memory"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 6, "standard output cannot be written to (Disk quota exceeded)"),
+        (OSError(errno.EFBIG, "File too large"), 6, "standard output cannot be written to (File too large)"),
         (
             FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
             1,
@@ -141,8 +146,9 @@ NO_THREAD = "no more threads or processes can be started: raise the limit (ulimi
             7,
             "/p/torch/_C.so: cannot be imported (libc10.so: no such file)",
         ),
+        (ImportError("no such symbol", name="av.logging"), 7, "av.logging: cannot be imported (no such symbol)"),
     ],
-    ids=["thread", "process", "files", "memory", "temporary", "library"],
+    ids=["thread", "process", "files", "table", "memory", "quota", "size", "temporary", "library", "symbol"],
 )
 def test_a_limit_of_the_system_is_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int, said: str
@@ -152,11 +158,36 @@ def test_a_limit_of_the_system_is_a_one_line_error(
     assert capsys.readouterr() == ("", f"petseg: {said}\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ImportError("cannot import name", name="petseg.data")])
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("info", RuntimeError("a bug")),
+        ("info", ImportError("cannot import name", name="petseg.data")),
+        ("info", ImportError("cannot import name", name="petseg_runtime.files")),
+        ("info", ModuleNotFoundError("No module named 'numpy'", name="numpy")),  # of the plain install
+        ("export", ModuleNotFoundError("No module named 'petseg.nothing'", name="petseg.nothing")),
+        ("info", OSError(errno.ENOSPC, "No space left on device", "somewhere")),
+        ("info", OSError(errno.EBUSY, "Device or resource busy")),
+        ("info", BlockingIOError(errno.EAGAIN, "write could not complete without blocking", 0)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{type(value).__name__}: {value}",
+)
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, command: str, error: Exception) -> None:
     fail_with(error, monkeypatch)
     with pytest.raises(type(error)):
-        run(["info"])
+        run([command])
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [("train", "train"), ("evaluate", "train"), ("data", "train"), ("export", "export")]
+)
+def test_a_missing_package_names_the_extra_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, extra: str
+) -> None:
+    fail_with(ModuleNotFoundError("No module named 'torch._C'", name="torch._C"), monkeypatch)
+    assert run([command, "info"]) == 7
+    said = f"`petseg {command}` needs torch._C, which is not installed: {install(extra)}"
+    assert capsys.readouterr() == ("", f"petseg: {said}\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from petseg.cli import run
 from petseg_runtime import Segmenter, default_model
 from petseg_runtime.artifact import Artifact, open_artifact
 from petseg_runtime.cli.infer import infer
+from petseg_runtime.engines.base import EngineInfo
 from petseg_runtime.errors import EngineError
 from petseg_runtime.extras import install
 from petseg_runtime.journal import JOURNAL
@@ -161,7 +163,7 @@ def test_text_output_has_a_line_per_result_and_a_count(
     out, err = capsys.readouterr()
     result, count = out.splitlines()
     assert result.startswith(f"{photo} -> {tmp_path / 'out' / 'cat.png'}  ")
-    assert result.endswith("% pet")
+    assert re.search(r"  [1-9]\d % pet$", result)
     assert count == f"2 photos: 1 written to {tmp_path / 'out'}, 1 failed"
     assert err.startswith(f"petseg: {photo.parent / 'bad.jpg'}: ")
     assert len(err.splitlines()) == 1
@@ -188,6 +190,8 @@ def test_full_failure_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(err.splitlines()) == 3
     assert "missing.jpg: no such file" in err
     assert "3 photos: 0 written" in out
+    assert run(["infer", str(tmp_path / "missing.jpg"), "--output", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out == f"1 photo: 0 written to {tmp_path / 'out'}, 1 failed\n"
 
 
 def test_a_folder_without_photos_exits_with_1_and_creates_no_output(
@@ -329,6 +333,10 @@ def test_coco_writes_one_file_for_all_photos(
     assert isinstance(annotation["segmentation"], list if kind == "coco-polygons" else dict)
     assert annotation["area"] == pytest.approx(result["coverage"] * 300 * 451, abs=1)
     assert annotation["bbox"] == result["box"]
+    args.remove("--json")
+    args[1] = str(photo)
+    assert run(args) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"1 photo: 1 written to {out / 'annotations.json'}"]
 
 
 def test_a_background_implies_the_kind_of_result(photo: Path, tmp_path: Path) -> None:
@@ -606,7 +614,27 @@ def test_the_cpu_can_be_chosen(photo: Path, tmp_path: Path, capsys: pytest.Captu
     assert " on cpu, " in capsys.readouterr().err
 
 
-def test_a_skipped_engine_is_reported_on_stderr(
+@pytest.mark.parametrize(("photos", "threads", "streams"), [(5, 2, 2), (5, 8, 5), (1, 8, 1)])
+def test_no_more_photos_are_in_the_engine_than_there_are(
+    reds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    photos: int,
+    threads: int,
+    streams: int,
+) -> None:
+    def load(*_: object, **options: Any) -> None:
+        raise EngineError(f"{options['threads']} threads, {options['streams']} streams")
+
+    monkeypatch.setattr("petseg_runtime.segmenter.Segmenter", load)
+    for photo in sorted((tmp_path / "photos").iterdir())[photos:]:
+        photo.unlink()
+    args = [*reds, str(tmp_path / "out"), "--threads", str(threads)]
+    assert failed(args, capsys)[1] == f"petseg: {threads} threads, {streams} streams\n"
+
+
+def test_a_skipped_engine_and_an_engines_notes_are_reported_on_stderr(
     toy: Toy, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("openvino")
@@ -619,6 +647,15 @@ def test_a_skipped_engine_is_reported_on_stderr(
     command = ["infer", str(photo), "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(tmp_path / "out")]
     assert run(command) == 0
     assert capsys.readouterr().err == "petseg: openvino is out of order\n"
+
+    def describe(segmenter: Segmenter) -> EngineInfo:
+        info = real(segmenter)
+        return dataclasses.replace(info, notes=(*info.notes, "kernels compiled again"))
+
+    real = Segmenter.describe
+    monkeypatch.setattr(Segmenter, "describe", describe)
+    assert run(command) == 0
+    assert capsys.readouterr().err == "petseg: openvino is out of order\npetseg: kernels compiled again\n"
     assert run([*command, "-q"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -676,7 +713,9 @@ def test_only_found_writes_nothing_for_photos_without_a_pet(
     assert lines[1] == f"{tmp_path / 'photos' / '1-blue.png'}  no pet found, nothing written"
     assert lines[-1] == f"7 photos: 5 written to {out}, 2 without a pet"
     assert run([*mixed_photos, str(tmp_path / "json"), "--only-found", "--json"]) == 0
-    *records, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    *records, summary = map(json.loads, printed.out.splitlines())
     left_out = [record for record in records if record["left_out"]]
     assert [(record["event"], record["found"], record["output"]) for record in left_out] == [
         ("result", False, None)
@@ -733,6 +772,8 @@ def test_without_a_pet_stdout_is_empty_and_stderr_says_why(
     assert capsys.readouterr() == ("", f"petseg: {blue}: no pet found, nothing written\n")
     assert run([*words, "-q"]) == 0
     assert capsys.readouterr() == ("", "")
+    assert run([*words, "-v"]) == 0
+    assert capsys.readouterr().out == "", "nothing but pictures"
 
 
 def test_a_second_run_skips_the_results_of_the_first(
@@ -892,6 +933,9 @@ def test_infer_uses_the_requested_size(toy: Toy, tmp_path: Path, capsys: pytest.
     np.testing.assert_array_equal(exact, pixels[..., 0])
     said = "petseg: --size 48 x 80: the model is for 16 x 32; at other sizes, its masks may be much worse\n"
     assert capsys.readouterr().err == said
+    for quiet, printed in ([], said.replace("48 x 80", "16 x 80")), (["-q"], ""):
+        segmented(photo, tmp_path / "wide", "--model", model, "--size", "16x80", *quiet)
+        assert capsys.readouterr().err == printed
     own = segmented(photo, tmp_path / "b", "--model", model)
     np.testing.assert_array_equal(own, segmented(photo, tmp_path / "c", "--model", model, "--size", "16x32"))
     assert capsys.readouterr().err == ""

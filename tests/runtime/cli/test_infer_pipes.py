@@ -37,11 +37,29 @@ def on_a_terminal(*command: str) -> str:
 
 def test_on_a_terminal_lines_appear_above_the_bar(reds: list[str], tmp_path: Path) -> None:
     """Nothing of the progress bar precedes them on their line."""
+    names = ["[red]0.png", *(f"{number}.png" for number in range(1, 5))]
+    (tmp_path / "photos" / "0.png").rename(tmp_path / "photos" / names[0])  # as markup, its brackets would vanish
     text = on_a_terminal(*reds, str(tmp_path / "out"))
-    for number in range(5):
-        source, result = tmp_path / "photos" / f"{number}.png", tmp_path / "out" / f"{number}.png"
+    for name in names:
+        source, result = tmp_path / "photos" / name, tmp_path / "out" / name
         assert f"\n{source} -> {result}  " in f"\n{text}"
     assert "segmenting" in text
+    assert on_a_terminal(*reds, str(tmp_path / "out"), "-q") == ""
+
+
+def test_with_a_bar_every_line_still_goes_to_stdout(reds: list[str], tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "petseg.cli", *reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    ) as running:
+        os.close(theirs)
+        seen = shown_on(mine)
+        assert running.stdout is not None
+        assert running.stdout.read().count(b" -> ") == 5
+    assert b"segmenting" in seen
+    assert b" -> " not in seen
 
 
 def test_a_resumed_runs_bar_counts_only_the_remaining_photos(reds: list[str], tmp_path: Path) -> None:
@@ -166,12 +184,16 @@ def test_stdin_with_an_output_folder_writes_a_file(
     reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = (tmp_path / "photos" / "0.png").read_bytes()
-    for options in ([], ["--json"], ["--as", "mask", "--resume"], ["--as", "coco-rle"]):
+    for options, written in (
+        ([], {"stdin.png"}),
+        (["--json"], {"stdin.png"}),
+        (["--as", "mask", "--resume"], {"stdin.png", JOURNAL}),
+        (["--as", "coco-rle"], {"annotations.json", JOURNAL}),
+    ):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
         out = tmp_path / "-".join(["out", *options])
         assert run(["infer", "-", *reds[2:], str(out), *options]) == 0
-        written = "annotations.json" if "coco-rle" in options else "stdin.png"
-        assert files(out) - {JOURNAL} == {written}
+        assert files(out) == written
     monkeypatch.setattr(sys, "stdin", Stdin(data))
     both = ["infer", str(tmp_path / "photos" / "1.png"), "-", *reds[2:], str(tmp_path / "both")]
     assert run(both) == 0

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 from PIL import Image
 
+from clips import write_clip
 from command_line import files
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL, Journal
@@ -34,10 +35,14 @@ def test_a_resumed_run_reports_existing_results(
     assert (summary["photos"], summary["done"], summary["failed"], summary["skipped"]) == (5, 0, 0, 5)
 
 
-def test_a_failure_after_earlier_results_exits_with_3(reds: list[str], tmp_path: Path) -> None:
+def test_a_failure_after_earlier_results_exits_with_3(
+    reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run([*reds, str(tmp_path / "out")]) == 0
     (tmp_path / "photos" / "1.png").write_bytes(b"no photo any more")
     assert run([*reds, str(tmp_path / "out"), "--resume"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"petseg: {tmp_path / 'photos' / '1.png'}: ")
 
 
 def test_a_run_resumes_however_its_folder_is_spelled(
@@ -71,6 +76,8 @@ def test_a_run_resumes_however_its_folder_is_spelled(
         (["--as", "mask"], "as was 'cutout', now 'mask'"),
         (["--format", "webp"], "format was 'png', now 'webp'"),
         (["--cutout-threshold", "0.9"], "cutout_threshold was 0.5, now 0.9"),
+        (["--threshold", "0.9", "--cutout-threshold", "0.5"], "(threshold was 0.5, now 0.9)"),
+        (["--size", "32x16", "-q"], "size was [16, 32], now [32, 16]"),
         (["--min-area", "0.25"], "min_area was 0.0, now 0.25"),
         (["--keep-doubtful"], "doubtful was 'left out', now None"),
         (["--background", "white"], "background was None, now [255, 255, 255]"),
@@ -89,6 +96,7 @@ def test_resuming_with_other_settings_exits_with_6_and_changes_nothing(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    toy(tmp_path / "toy.onnx", dynamic_size=True)
     toy(tmp_path / "other.onnx", channel=1)
     command = [*reds, str(tmp_path / "out"), "--backend", "onnxruntime"]
     assert run(command) == 0
@@ -131,7 +139,7 @@ def test_a_video_added_later_does_not_prevent_resuming(
     assert "clip.mp4" in capsys.readouterr().err
 
 
-def test_the_video_format_matters_only_with_videos(
+def test_settings_of_videos_matter_only_with_videos(
     photo: Path, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("av")
@@ -142,6 +150,12 @@ def test_the_video_format_matters_only_with_videos(
     capsys.readouterr()
     assert run([*command, "--resume", "--format", "png"]) == 6  # png is the default for photos, but not for videos
     assert "video_format was 'mp4', now 'png'" in capsys.readouterr().err
+    assert run([*command, "--resume", "--smooth", "0.5"]) == 6
+    assert "smooth was None, now 0.5" in capsys.readouterr().err
+    assert run([*command, "--resume", "--smooth", "0"]) == 3, "as without it"
+    photo.unlink()
+    assert run(command) == 1
+    assert run([*command, "--resume", "--format", "mp4"]) == 1, "the default for videos"
 
 
 def test_the_number_of_threads_does_not_prevent_resuming(reds: list[str], tmp_path: Path) -> None:
@@ -184,3 +198,22 @@ def test_resuming_beside_the_photos_replaces_only_its_own_results(
     assert run([*command, "--output", str(tmp_path)]) == 0
     with Image.open(tmp_path / "cat.jpg") as overlay:
         assert overlay.size == (20, 30)
+    command[command.index("overlay")] = "coco-rle"
+    (tmp_path / JOURNAL).unlink()
+    for _ in range(2):
+        assert run([*command, "--output", str(tmp_path)]) == 0
+
+
+def test_resuming_beside_the_videos_replaces_only_its_own_results(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_clip(tmp_path / "clip.mp4", 3, sound=None)
+    (tmp_path / "clip.webm").write_bytes(b"somebody's own")
+    command = ["infer", str(tmp_path / "clip.mp4"), "--model", str(toy(tmp_path / "toy.onnx").path), "--resume"]
+    assert run([*command, "--output", str(tmp_path)]) == 6
+    assert "already exists beside the videos" in capsys.readouterr().err
+    assert (tmp_path / "clip.webm").read_bytes() == b"somebody's own"
+    (tmp_path / "clip.webm").unlink()
+    for printed in (1, 0):  # its own result is neither in the way nor made again
+        assert run([*command, "--output", str(tmp_path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == printed

@@ -40,7 +40,7 @@ from petseg_runtime.video import movie
 from petseg_runtime.video import run as run_module
 from petseg_runtime.video.frame import Frame
 from petseg_runtime.video.numbered import OWN
-from petseg_runtime.video.stream import Segmented, Stream
+from petseg_runtime.video.stream import Reading, Segmented, Stream
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -152,8 +152,9 @@ def mixed(folder: Path, clips: Path) -> Path:
 
 
 def test_every_file_of_a_mixed_folder_is_accounted_for(
-    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.0)
     source, out = mixed(tmp_path / "in", clips), tmp_path / "out"
     os.mkfifo(source / "pipe.mp4")  # nobody writes into it
     assert infer(source, "--as", "mask", "--model", model, "--output", out, "--json") == 3
@@ -162,6 +163,8 @@ def test_every_file_of_a_mixed_folder_is_accounted_for(
     assert summary["event"] == "summary"
     assert (summary["photos"], summary["done"], summary["failed"]) == (3, 2, 1)
     assert summary["videos"] == {"count": 7, "done": 3, "failed": 4, "stopped": 0, "skipped": 0}
+    assert {event["event"] for event in told} == {"result", "failure", "frame", "video"}, "statistics are of streams"
+    assert not any("latency" in event for event in told)
     names = ["a/clip.jpg.png", "a/clip.mov.mp4", "a/clip.mp4.mp4", "b/x.mp4", "b/x2.png", "cut.mp4"]
     assert tree(out) == sorted([JOURNAL, *names])
     of_cut = next(event for event in told if event["event"] == "video" and event["input"].endswith("cut.mp4"))
@@ -206,6 +209,17 @@ def test_an_unreadable_file_among_videos_is_not_taken_for_a_photo(
     }
     assert len(err.splitlines()) == 2 - bool(pattern)
     assert tree(tmp_path / "out") == [JOURNAL, "clip.ndjson"]
+
+
+@pytest.mark.parametrize(("source", "photos"), [("*.JPG", 1), ("photo.png *.nothing", 2)])
+def test_a_pattern_without_matches_is_counted_among_the_photos_if_it_may_be_one(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str], source: str, photos: int
+) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    sources = [clips / "short.mp4", *(tmp_path / name for name in source.split())]
+    assert infer(*sources, "--as", "mask", "--model", model, "--output", tmp_path / "out", "--json") == 3
+    summary = events(capsys.readouterr().out)[-1]
+    assert (summary["photos"], summary["failed"], summary["videos"]["count"]) == (photos, 1, 1)
 
 
 def test_one_bad_video_does_not_stop_a_folder(
@@ -315,7 +329,9 @@ def test_frames_that_cannot_be_converted_are_reported(
     monkeypatch.setattr(Frame, "pixels", pixels)
     options = ["--as", "mask", "--model", model, "--output", tmp_path]
     assert infer(clips / "short.mp4", *options) == 1
-    assert capsys.readouterr().err == (
+    out, err = capsys.readouterr()
+    assert f"{clips / 'short.mp4'} -> {tmp_path / 'short.mp4'}  18 frames, 2 failed, 100 % with a pet, " in out
+    assert err == (
         f"petseg: {clips / 'short.mp4'}: 2 of 20 frames could not be converted (frames in odd colours cannot be "
         "converted); the rest was written\n"
     )
@@ -384,6 +400,20 @@ def test_a_result_never_replaces_files_beside_the_source(
     assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
 
 
+def test_a_photos_result_never_replaces_a_file_beside_a_video(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("photos", "videos"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(picture(0)).save(tmp_path / "photos" / "cat.jpg")
+    clip = shutil.copy(clips / "short.mp4", tmp_path / "videos" / "clip.mov")
+    (tmp_path / "videos" / "cat.png").write_text("mine")
+    options = ["--as", "mask", "--output", tmp_path / "videos", "--model", model]
+    assert infer(tmp_path / "photos" / "cat.jpg", clip, *options) == 6
+    assert "already exists, beside the" in capsys.readouterr().err
+    assert (tmp_path / "videos" / "cat.png").read_text() == "mine"
+
+
 def test_a_videos_pictures_are_not_mixed_with_photo_results(
     tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +463,8 @@ def test_videos_found_beside_photos_are_skipped_if_the_kind_is_unsupported(
     assert infer(source, *words) == 0
     assert capsys.readouterr().err.startswith(f"petseg: {source / 'a.mov'} and 1 more: skipped: {why}")
     assert tree(tmp_path / "out") == [JOURNAL, result]
+    assert infer(source, *words, "-q") == 0
+    assert capsys.readouterr().err == ""
     assert infer(source, source / "b.mov", *words) == 2
     assert f"petseg: {source / 'b.mov'}: {why}" in capsys.readouterr().err
     (source / "photo.png").unlink()
@@ -571,6 +603,25 @@ def test_a_duplicate_signal_counts_once(tmp_path: Path, clips: Path, model: str)
     assert frames_in(tmp_path / "long.mp4") == video["written"] >= 5
 
 
+def test_a_stopped_file_is_not_done_and_the_next_is_not_begun(
+    tmp_path: Path, clips: Path, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(videos: infer_video.Videos, origin: Origin, segmented: Segmented) -> None:
+        if segmented.frame.number == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = [clips / "long.mp4", clips / "short.mp4", "--as", "lines", "--output", tmp_path, "--model", model]
+    with monkeypatch.context() as patch:
+        patch.setattr(infer_video.Videos, "_print_frame", interrupted)
+        assert infer(*options) == 143
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(rf"{re.escape(str(clips / 'long.mp4'))} -> .*  stopped, \d+ frames", line)
+    assert tree(tmp_path) == [JOURNAL, "long.ndjson"]
+    assert infer(*options, "--resume") == 0
+    assert tree(tmp_path) == [JOURNAL, "long.ndjson", "short.ndjson"]
+    assert len((tmp_path / "long.ndjson").read_text().splitlines()) == 500
+
+
 def test_a_killed_run_is_resumed(
     tmp_path: Path, clips: Path, model: str, start: Callable[..., Command], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -655,11 +706,15 @@ def test_numbered_files_are_never_written_among_the_sources(
     assert {path: path.read_bytes() for path in (tmp_path / "short").glob("*.png")} == photos
 
 
-def test_segments_of_a_longer_run_are_removed(tmp_path: Path, clips: Path, model: str) -> None:
+def test_segments_of_a_longer_run_are_removed(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--as", "mask", "--output", tmp_path, "--model", model, "--segment"]
     assert infer(clips / "short.mp4", *options, 0.2) == 0
+    assert f" -> {tmp_path / 'short' / '0001.mp4'} and 3 more  20 frames, " in capsys.readouterr().out
     assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4", "0003.mp4", "0004.mp4"]
     assert infer(clips / "short.mp4", *options, 0.4) == 0
+    assert f" -> {tmp_path / 'short' / '0001.mp4'} and 1 more  20 frames, " in capsys.readouterr().out
     assert tree(tmp_path / "short") == ["0001.mp4", "0002.mp4"]
     assert [frames_in(tmp_path / "short" / f"000{n}.mp4") for n in (1, 2)] == [10, 10]
 
@@ -843,6 +898,7 @@ def test_events_of_a_stream_account_for_every_frame(
     video = next(event for event in told if event["event"] == "video")
     states = [event for event in told if event["event"] == "state"]
     assert [(event["state"], event["attempt"]) for event in states] == [("connecting", 1), ("live", 1), ("ended", 1)]
+    assert all(None not in event.values() for event in states)
     assert (video["frames"]["decoded"], video["frames"]["failed"]) == (30, 0)
     assert video["frames"]["dropped"] == 30 - video["written"] > 0
     frames = [event for event in told if event["event"] == "frame"]
@@ -853,6 +909,18 @@ def test_events_of_a_stream_account_for_every_frame(
     assert all(event["latency"] >= 0 for event in frames)
     (file,) = video["paths"]
     assert frames_in(Path(file)) == video["written"]
+
+
+def test_statistics_come_at_intervals(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infer_video, "_STATISTICS", 0.3)
+    options = ["--as", "lines", "--output", tmp_path, "--model", model, "--json", "--max-frames", 30]
+    assert infer("lavfi:testsrc=size=64x48:rate=25,realtime", *options) == 0
+    told = events(capsys.readouterr().out)
+    seconds = [event["seconds"] for event in told if event["event"] == "statistics"]
+    assert len(seconds) >= 2
+    assert all(later - earlier > 0.29 for earlier, later in itertools.pairwise(seconds))
 
 
 def test_sources_displayed_alike_have_separate_names_and_statistics(
@@ -908,6 +976,25 @@ def test_text_output_has_a_line_per_video_and_a_count(
     assert capsys.readouterr() == ("", "")
     assert infer(source, *options, "-v") == 0
     assert {"decode:", "convert:", "infer:", "write:", "latency:"} <= set(capsys.readouterr().err.split())
+    (tmp_path / "out" / "b.mp4").unlink()
+    assert infer(source, *options, "--resume") == 0
+    _, count = capsys.readouterr().out.splitlines()
+    assert count == "2 videos: 1 done, 1 already there"
+
+
+def test_the_states_of_a_stream_and_notes_about_a_video_are_printed_unless_quiet(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, clip = "lavfi:testsrc=size=64x48:rate=25", clips / "short.mp4"
+    for source, printed in (
+        (stream, [f"{stream}: connecting", f"{stream}: live, 64 x 48", f"{stream}: ended (frame limit reached)"]),
+        (clip, [f"{clip}: the audio (aac) is re-encoded as opus"]),
+    ):
+        options = [source, "--as", "cutout", "--output", tmp_path, "--model", model, "--max-frames", 3]
+        assert infer(*options) == 0
+        assert capsys.readouterr().err.splitlines() == [f"petseg: {line}" for line in printed]
+        assert infer(*options, "-q") == 0
+        assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("options", [[], ["--max-frames", "30"]])
@@ -959,10 +1046,12 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
     [
         (["{photo}", "--start", "1"], 2, "--start is for videos and streams, and none was given"),
         (["{photo}", "--no-audio"], 2, "--no-audio is for videos and streams, and none was given"),
+        (["{photo}", "--policy", "block"], 2, "--policy is for videos and streams, and none was given"),
         (["{photo}", "--as", "lines"], 2, "--as lines is for videos; for photos, --json prints the same"),
         (["{photo}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "a=b"], 2, "--input-option is for cameras, streams and other URLs"),
         (["{clip}", "--input-option", "ab"], 2, "expected NAME=VALUE"),
+        (["{clip}", "--input-option", "=b"], 2, "expected NAME=VALUE"),
         (["{clip}", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
         (["{clip}", "--give-up", "3"], 2, "--give-up is for cameras and streams, and none was given"),
         (["lavfi:testsrc", "--start", "3"], 2, "--start is for sources that have an end, and none was given"),
@@ -970,8 +1059,11 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["lavfi:testsrc", "{clip}"], 2, "live sources run until they are stopped"),
         (["lavfi:testsrc", "{photo}"], 2, "live sources run until they are stopped"),
         (["{clip}", "--raw", "64x48@25"], 2, "give - as a source, once"),
+        (["-", "-", "--raw", "64x48@25"], 2, "give - as a source, once"),
         (["-", "--raw", "64x48"], 2, "WIDTHxHEIGHT@RATE is expected"),
+        (["-", "--raw", "64x48@25", "--stall", "3"], 2, "--stall is for cameras, streams and other URLs"),
         (["{clip}", "--only-found"], 2, "clip.mp4: --only-found is for photos\n"),
+        (["{clip}", "--as", "mask", "--fast-decode"], 2, "--fast-decode is for photos"),
         (
             ["{photo}", "{clip}", "--only-found"],
             2,
@@ -992,6 +1084,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         ),
         (["{clip}", "--as", "lines", "--no-audio"], 2, "ndjson has no sound anyway"),
         (["{clip}", "--as", "lines", "--background", "red"], 2, "--background is for pictures; --as lines has none"),
+        (["{clip}", "--as", "lines", "--format", "png"], 2, "--format is for pictures and movies; --as lines has none"),
         (["{clip}", "--as", "background"], 2, "--background COLOUR or FILE and --as background belong together"),
         (["{clip}", "--background", "chartruse"], 1, "neither a colour"),
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
@@ -1001,6 +1094,7 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
         (["{clip}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
+        (["{photo}", "{clip}", "--output", "-"], 2, "standard output takes one result only"),
     ],
 )
 def test_conflicting_options_are_rejected_before_loading_anything(
@@ -1017,6 +1111,32 @@ def test_conflicting_options_are_rejected_before_loading_anything(
     assert "none.onnx" not in err
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_every_option_of_videos_reaches_the_run(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(videos: infer_video.Videos, origins: list[Origin], *_: object) -> None:
+        started.append((videos.reading, videos.output.segment, videos.output.audio, videos.verbose))
+        passed.append(origins[0].options)
+
+    started: list[tuple[Reading, float | None, bool, bool]] = []
+    passed: list[Any] = []
+    monkeypatch.setattr(infer_video.Videos, "run", run)
+    options = ["--as", "mask", "--output", tmp_path, "--model", model]
+    given = ["--start", 1, "--stride", 2, "--max-frames", 3, "--policy", "latest", "--stall", 4, "--smooth", 0.5]
+    reading = Reading(start=1, stride=2, max_frames=3, policy="latest", stall=4, smooth=0.5)
+    file = "http://127.0.0.1:9/clip.mp4?token=[a]"  # on a server: it has an end, and FFmpeg opens it
+    assert infer(file, *options) == 0
+    assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
+    assert tree(tmp_path) == [], "an address is no pattern, whose results would need a journal"
+    given += ["--segment", 5, "--no-audio", "-v", "--resume", "--input-option", "headers=a=b"]
+    assert infer(file, *options, *given) == 0
+    defaults = [(Reading(patience=patience), None, True, False) for patience in (None, 6)]
+    assert started == [*defaults, (reading, 5, False, True)]
+    assert passed[2] == {"headers": "a=b"}
+    assert infer(file, *options, "--give-up", 6) == 2
+    assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
 
 
 def test_a_start_beyond_the_end_is_reported(
@@ -1054,12 +1174,20 @@ def test_a_streams_json_lines_are_segmented_with_continued_numbers(
 ) -> None:
     options = ["--as", "lines", "--output", tmp_path, "--model", model, "--segment", 1, "--policy", "block", "--json"]
     for run_number in (1, 2):
-        assert infer("lavfi:testsrc=size=64x48:rate=25", *options, "--max-frames", 60) == 0
+        # The brackets make no pattern of it, and so no search, whose results would need a journal.
+        assert infer("lavfi:testsrc=size=64x48:rate=25[out0]", *options, "--max-frames", 60) == 0
         video = events(capsys.readouterr().out)[-2]
         assert (video["event"], video["files"]) == ("video", 3)
-        assert tree(tmp_path / "lavfi") == [f"{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
+        assert tree(tmp_path) == [f"lavfi/{number:04d}.ndjson" for number in range(1, 3 * run_number + 1)]
     sizes = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "lavfi").iterdir())]
     assert sizes == [25, 25, 10] * 2
+
+
+def test_a_streams_pictures_go_into_a_new_folder_each_time(tmp_path: Path, model: str) -> None:
+    options = ["--as", "mask", "--format", "png", "--output", tmp_path, "--model", model, "--max-frames", 2, "-q"]
+    for _ in range(2):
+        assert infer("lavfi:testsrc=size=64x48:rate=25", *options) == 0
+    assert tree(tmp_path) == [f"lavfi/000{folder}/00000{number}.png" for folder in (1, 2) for number in (0, 1)]
 
 
 def test_a_videos_json_lines_can_be_segmented(tmp_path: Path, clips: Path, model: str) -> None:
