@@ -166,8 +166,7 @@ def terminable() -> Iterator[None]:
             try:
                 yield
             finally:
-                if ending.due:
-                    raise ending.due
+                ending.proceed(_TRY_AGAIN, None)
         except SystemExit:
             # click also raises SystemExit, if the reader of stdout has gone away.
             if ending.code in _MESSAGES and sys.stderr is not None:
