@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -130,6 +131,8 @@ def petseg() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit; an error raised on purpose is printed as one line and sets the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside `run`, Ctrl-C ends the process without a traceback
     fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

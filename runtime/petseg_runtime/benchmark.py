@@ -14,7 +14,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -27,7 +27,7 @@ from petseg_runtime.doctor import EngineCheck
 from petseg_runtime.engines.base import Device, Engine, EngineInfo
 from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
-from petseg_runtime.host import Gpu, Host, host, usable_cpus
+from petseg_runtime.host import LOOK_UP, Gpu, Host, host, usable_cpus
 from petseg_runtime.text import counted
 
 __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
@@ -333,7 +333,11 @@ def _runs_per_second(engine: Engine, photos: U8, callers: int, seconds: float) -
 
     with ThreadPoolExecutor(callers) as pool:
         try:
-            return sum(future.result() for future in [pool.submit(call) for _ in range(callers)])
+            running = [pool.submit(call) for _ in range(callers)]
+            for future in running:
+                while not wait([future], LOOK_UP).done:
+                    pass  # here, not in the middle of a wait, a signal ends the run
+            return sum(future.result() for future in running)
         finally:
             stop.set()  # after Ctrl-C or a failure, the other callers stop after their current run
 

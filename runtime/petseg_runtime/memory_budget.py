@@ -43,7 +43,10 @@ class MemoryBudget:
             size: Its bytes.
         """
         self._size, self._reserved, self._waiting, self._closed = size, 0, 0, False
-        self._changed = threading.Condition()
+        # `with self._lock`, never `with self._changed`: that calls a function in Python, and if Ctrl-C comes inside it,
+        # the lock stays locked for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def reserve(self, reservation: Reservation, size: int) -> None:
         """Add ``size`` bytes to a reservation; blocks until that many are left.
@@ -52,7 +55,7 @@ class MemoryBudget:
             CancelledError: The budget was closed, or the reservation released.
         """
         start = time.perf_counter()
-        with self._changed:
+        with self._lock:
             self._waiting += 1
             self._changed.wait_for(
                 lambda: self._closed or reservation.released or reservation.awaited or self._fits(size)
@@ -66,25 +69,25 @@ class MemoryBudget:
 
     def expedite(self, reservation: Reservation) -> None:
         """Grant this photo's requests at once from now on: the consumer is blocked on it."""
-        with self._changed:
+        with self._lock:
             reservation.awaited = True
             self._changed.notify_all()
 
     def release(self, *reservations: Reservation) -> None:
         """Return reservations, whose memory must be free by now, to the budget. Nothing more is granted to them."""
-        with self._changed:
+        with self._lock:
             for reservation in reservations:
                 reservation.released = True
                 self._reserved -= reservation.size
             if not self._waiting:
                 return  # leave the memory with the allocator: no thread needs it, and reusing it is faster
         host.give_back_memory()
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def close(self) -> None:
         """Cancel all waiting and future requests."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

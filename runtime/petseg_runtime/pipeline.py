@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from petseg_runtime import host
 from petseg_runtime.errors import EngineError, InputError
 from petseg_runtime.memory_budget import MemoryBudget, Reservation
+from petseg_runtime.signals import held
 from petseg_runtime.text import counted
 
 __all__ = ["Outcome", "Pipeline", "Steps", "Timings"]
@@ -101,7 +102,9 @@ class Timings:
 @dataclass
 class _Job(Generic[Source, Result]):
     outcome: Outcome[Source, Result]
-    future: Future[None] = field(default_factory=Future)
+    # Gets one item, at the end: the error to raise, or None. Not a future, because Ctrl-C in one of a future's methods
+    # may leave its lock locked; see `MemoryBudget`.
+    end: queue.SimpleQueue[BaseException | None] = field(default_factory=queue.SimpleQueue)
     value: Any = None  # what the latest step returned
     reservation: Reservation = field(default_factory=Reservation)
 
@@ -179,14 +182,16 @@ class Pipeline(Generic[Source, Result]):
             threading.Thread(target=self.close, name="petseg-close", daemon=True).start()
             return
         self._stopping = True
-        self._memory.close()
-        # In this order, because each step queues work for the next.
-        for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
-            for _ in threads:
-                work.put(None)
-            for thread in threads:
-                thread.join()
-        self._write.shutdown(cancel_futures=True)
+        with held():  # a signal after an error would leave incomplete results
+            self._memory.close()
+            # In this order, because each step queues work for the next.
+            for threads, work in ((self._read, self._unread), (self._infer, self._ready)):
+                for _ in threads:
+                    work.put(None)
+                for thread in threads:
+                    if thread.ident is not None:  # Ctrl-C may have interrupted the start
+                        thread.join()
+            self._write.shutdown(cancel_futures=True)
         atexit.unregister(self.close)  # last: if a Ctrl-C interrupts this method, the rest is done at exit
 
     def __enter__(self) -> Self:
@@ -198,9 +203,11 @@ class Pipeline(Generic[Source, Result]):
     def _wait_for(self, job: _Job[Source, Result]) -> Outcome[Source, Result]:
         self._memory.expedite(job.reservation)
         try:
-            job.future.result()
+            error = job.end.get()
         finally:
             self._memory.release(job.reservation)
+        if error:
+            raise error
         return job.outcome
 
     def _read_loop(self) -> None:
@@ -219,7 +226,7 @@ class Pipeline(Generic[Source, Result]):
         photo = job.value
         if self._run_step(job, "write", lambda: self._steps.write(job.outcome.source, photo, answer)):
             job.outcome.value = job.value
-            job.future.set_result(None)
+            job.end.put(None)
 
     def _run_step(self, job: _Job[Source, Result], step: str, action: Callable[[], Any]) -> bool:
         """Run a step, and return whether it succeeded; an error ends the job."""
@@ -235,10 +242,7 @@ class Pipeline(Generic[Source, Result]):
         finally:
             job.outcome.seconds[step] = time.perf_counter() - start - job.reservation.waited
             job.reservation.waited = 0.0
-        if failure:
-            job.future.set_exception(failure)
-        else:
-            job.future.set_result(None)
+        job.end.put(failure)
         return False
 
     def _infer_loop(self) -> None:
@@ -275,7 +279,7 @@ class Pipeline(Generic[Source, Result]):
                 raise EngineError(f"the engine returned {results} for {photos}")
         except BaseException as error:  # noqa: BLE001 (raised again to the consumer)
             for job in jobs:
-                job.future.set_exception(error)
+                job.end.put(error)
             return
         share = (time.perf_counter() - start) / len(jobs)
         for job, answer in zip(jobs, answers, strict=True):
@@ -283,7 +287,7 @@ class Pipeline(Generic[Source, Result]):
             try:
                 self._write.submit(self._write_one, job, answer)
             except RuntimeError as error:  # Python is exiting, and executors accept no more work
-                job.future.set_exception(error)
+                job.end.put(error)
 
 
 def _daemon(work: Callable[[], None], name: str) -> threading.Thread:

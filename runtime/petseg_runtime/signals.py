@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import os
@@ -9,12 +10,14 @@ import signal
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Final
 
 from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
 
-__all__ = ["EXITS", "HANG_UP", "handled", "leave_terminal", "silence", "terminable"]
+__all__ = ["ECHO", "EXITS", "HANG_UP", "handled", "held", "leave_terminal", "silence", "terminable"]
 
 #: Sent when the terminal is gone: its window was closed, or the connection to this machine broke.
 HANG_UP: Final = signal.SIGHUP
@@ -26,11 +29,23 @@ EXITS: Final[dict[int, int]] = {
     HANG_UP: EXIT_HUNG_UP,
 }
 
+#: A second signal within this many seconds counts as the first one: `timeout` signals the process, and then its process
+#: group; `uv run` passes on the Ctrl-C that the terminal has sent to both.
+ECHO: Final = 0.25
+
+#: The seconds after which an exception that was held back is tried again, and the signal that does it: without a
+#: handler, the system ignores this one.
+_AGAIN: Final = 0.005
+_TRY_AGAIN: Final = signal.SIGURG
+
+#: The modules in which a signal raises no exception; see :func:`_is_held`.
+_LOCKING: Final = ("threading", "concurrent.futures")
+
 _MESSAGES: Final = {EXIT_TERMINATED: "terminated", EXIT_HUNG_UP: "hung up"}
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[None]:
+def handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     """Install a handler for signals within this context, and restore the previous handlers afterwards.
 
     What the handler does depends on the command: a photo can be abandoned at once, the file of a video has to be
@@ -48,7 +63,7 @@ def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[N
         yield
         return
 
-    def hung_up(number: int, frame: object) -> None:
+    def hung_up(number: int, frame: FrameType | None) -> None:
         leave_terminal()
         handler(number, frame)
 
@@ -61,27 +76,102 @@ def handled(handler: Callable[[int, object], None], *numbers: int) -> Iterator[N
             signal.signal(number, old)
 
 
+#: In how many contexts of :func:`held` the main thread is.
+_held = 0
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold back the exception that a signal raises under :func:`terminable` until this context is left.
+
+    For work that must not be done by half, and takes short: only a second Ctrl-C interrupts it.
+    """
+    global _held
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+
+
+def _is_held(frame: FrameType | None) -> bool:
+    """Whether an exception must not be raised in this frame of the main thread now.
+
+    In the middle of Python's functions for threads (``Thread.start``, ``Future.result``) it would leave their lock
+    locked: the thread that needs it waits for ever, and so does whoever waits for that thread. Likewise for imports.
+    """
+    if _held or (frame and frame.f_globals.get("__name__") == "importlib._bootstrap"):
+        return True
+    while frame:
+        if str(frame.f_globals.get("__name__")).startswith(_LOCKING):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Ending:
+    """Ends the run at the first signal: with an exception in the main thread, as soon as that does no harm.
+
+    Attributes:
+        code: The exit code that the signal asks for; 0: none came.
+        due: The exception that has not been raised yet.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.due: BaseException | None = None
+        self._since = 0.0
+        self._main = threading.get_ident()
+
+    def begin(self, number: int, frame: FrameType | None) -> None:
+        """Handler of the signals that end the run."""
+        now = time.monotonic()
+        if not self.code:
+            self.code, self._since = EXITS[number], now
+            self.due = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(self.code)
+            self.proceed(number, frame)
+        elif number == signal.SIGINT and now - self._since >= ECHO:
+            raise KeyboardInterrupt  # a person does not want to wait any longer
+        # Any other signal must not interrupt the cleanup of the first.
+
+    def proceed(self, number: int, frame: FrameType | None) -> None:
+        """Raise the exception that is due, or try again a moment later."""
+        if self.due and _is_held(frame):
+            _thread.start_new_thread(self._try_again, ())  # not `threading`, whose locks the frame may hold
+        elif self.due:
+            due, self.due = self.due, None
+            raise due
+
+    def _try_again(self) -> None:
+        time.sleep(_AGAIN)
+        signal.pthread_kill(self._main, _TRY_AGAIN)  # a real signal, which also wakes the thread from a system call
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise ``SystemExit``, so that cleanup runs; by default, they kill the process.
 
     That would leave child processes behind; and the first process of a container ignores these signals by default.
+    Ctrl-C raises ``KeyboardInterrupt``, as everywhere in Python. Where an exception would do harm, it is raised later:
+    see :func:`held`.
     """
-    code = 0
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal code
-        if not code:  # `timeout` sends the signal twice; the second one must not interrupt the cleanup of the first
-            code = EXITS[number]
-            raise SystemExit(code)
-
-    with handled(stop, *(number for number in EXITS if number != signal.SIGINT)):
+    ending = _Ending()
+    # A shell makes the jobs that it starts in the background ignore Ctrl-C.
+    ignored = {signal.SIGINT} if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else set()
+    with handled(ending.proceed, _TRY_AGAIN), handled(ending.begin, *(EXITS.keys() - ignored)):
         try:
-            yield
+            try:
+                yield
+            finally:
+                ending.proceed(_TRY_AGAIN, None)
         except SystemExit:
-            if code and sys.stderr is not None:  # click also raises SystemExit, if the reader of stdout has gone away
+            # click also raises SystemExit, if the reader of stdout has gone away.
+            if ending.code in _MESSAGES and sys.stderr is not None:
                 with contextlib.suppress(OSError):  # nobody reads it; the exit code still says what happened
-                    sys.stderr.write(f"petseg: {_MESSAGES[code]}\n")
+                    sys.stderr.write(f"petseg: {_MESSAGES[ending.code]}\n")
                     sys.stderr.flush()
             raise
 

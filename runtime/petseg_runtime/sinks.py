@@ -19,6 +19,7 @@ from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.files import real_paths, replacing, write_all
 from petseg_runtime.result import Segmentation, fitted
+from petseg_runtime.signals import held
 from petseg_runtime.sources import Item
 
 __all__ = [
@@ -411,8 +412,9 @@ def probe(output: Path) -> None:
         OutputError: It cannot.
     """
     try:
-        with replacing(output / ".petseg-probe") as temporary:
-            temporary.touch()
-        (output / ".petseg-probe").unlink(missing_ok=True)  # another run may be doing the same
+        with held():  # else a signal might leave the file
+            with replacing(output / ".petseg-probe") as temporary:
+                temporary.touch()
+            (output / ".petseg-probe").unlink(missing_ok=True)  # another run may be doing the same
     except OSError as error:
         raise OutputError(f"{output}: cannot be written to ({error.strerror}); choose another --output") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from petseg_runtime.errors import EngineError, InputError, UnreadableImage
 from petseg_runtime.memory_budget import MemoryBudget
 from petseg_runtime.pipeline import Pipeline, Steps
+from petseg_runtime.signals import terminable
 
 
 @dataclass(frozen=True)
@@ -469,3 +472,50 @@ def test_an_interrupted_close_is_completed_at_exit() -> None:
     left, at_exit = done.stdout.splitlines()
     assert "petseg-infer-0" in left
     assert (at_exit, done.stderr) == ("at exit", "")
+
+
+def test_ctrl_c_cannot_leave_a_lock_of_the_pipeline_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come inside `Condition.__enter__`, which has locked its lock by then, and then no `__exit__` follows: the
+    thread that needs the lock would wait for ever. So the consumer must not call that.
+    """
+    enter, entered = threading.Condition.__enter__, []
+
+    def recorded(condition: threading.Condition) -> bool:
+        if threading.get_ident() == threading.main_thread().ident:  # a thread that starts is not current yet
+            entered.append("".join(traceback.format_stack()))
+        return enter(condition)
+
+    with Pipeline(STEPS, 1, workers=2) as running:
+        monkeypatch.setattr(threading.Condition, "__enter__", recorded)
+        assert [outcome.value for outcome in running.run(range(3))] == [(0, 0), (1, 1), (2, 2)]
+    assert entered == []
+
+
+def test_a_signal_after_an_error_does_not_interrupt_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a terminal is closed, printing to it fails, and then SIGHUP comes. Results would be left incomplete."""
+    writing, finished = threading.Event(), []
+
+    def slow_write(source: int, photo: Photo, answer: np.ndarray) -> None:
+        if source == 1:
+            writing.set()
+            time.sleep(0.2)
+            finished.append(source)
+
+    @terminable()
+    def work() -> None:
+        with Pipeline(Steps(read, infer, slow_write), 1, workers=2) as pipeline:
+            shutdown = pipeline._write.shutdown
+
+            def hung_up(**options: Any) -> None:
+                signal.raise_signal(signal.SIGHUP)
+                shutdown(**options)
+
+            monkeypatch.setattr(pipeline._write, "shutdown", hung_up)
+            for _ in pipeline.run(range(2)):
+                assert writing.wait(10)
+                raise OSError("the terminal is gone")
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 129
+    assert finished == [1]

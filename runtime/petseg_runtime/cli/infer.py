@@ -30,6 +30,7 @@ from petseg_runtime.cli.text import (
     watched,
 )
 from petseg_runtime.errors import EXIT_PARTIAL, InputError, OutputError, UsageError
+from petseg_runtime.signals import held
 from petseg_runtime.text import counted, shown
 
 if TYPE_CHECKING:
@@ -712,7 +713,8 @@ class _Watcher:
         if photos > 1 and watched() and not self._quiet:
             self._progress = bar()
             self._task = self._progress.add_task("segmenting", total=photos)
-            self._progress.start()
+            with held():  # what a signal leaves half started, `stop` fails on
+                self._progress.start()
 
     def watch(self, outcome: Outcome[Item, Done]) -> None:
         """Print the outcome of one photo."""

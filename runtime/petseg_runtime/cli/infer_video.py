@@ -21,7 +21,7 @@ import click
 from petseg_runtime.cli.text import SCHEMA_VERSION, bar, watched
 from petseg_runtime.errors import EXIT_INTERRUPTED, EXIT_PARTIAL, EXIT_TERMINATED, InputError, OutputError, PetsegError
 from petseg_runtime.host import LOOK_UP
-from petseg_runtime.signals import EXITS, HANG_UP, handled
+from petseg_runtime.signals import ECHO, EXITS, HANG_UP, handled
 from petseg_runtime.text import shown
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ __all__ = ["Output", "Videos", "check_places"]
 
 #: Seconds between two statistics events of a live source.
 _STATISTICS: Final = 10.0
-
-#: A second signal within this many seconds counts as the first one: `timeout` signals the process, and then its process
-#: group.
-_ECHO: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +324,7 @@ class Videos:
             now = time.monotonic()
             if self._signal is not None:
                 # The system, the shell and ssh may each send a SIGHUP.
-                if number == HANG_UP or now - self._since < _ECHO:
+                if number == HANG_UP or now - self._since < ECHO:
                     return
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
             self._since, self._signal = now, number

@@ -141,12 +141,13 @@ class _InputQueue:
     def __init__(self, policy: str, room: int, counts: Counts) -> None:
         self._policy, self._room, self._counts = policy, 1 if policy == "latest" else room, counts
         self._frames: deque[Frame] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # `with` it, not with the condition; see `MemoryBudget`
+        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def put(self, frame: Frame) -> bool:
         """Add a frame, as the policy says; False: the queue is closed."""
-        with self._changed:
+        with self._lock:
             if self._policy == "block":
                 self._changed.wait_for(lambda: self._closed or len(self._frames) < self._room)
             if self._closed:
@@ -163,7 +164,7 @@ class _InputQueue:
 
     def take(self, most: int) -> list[Frame]:
         """Wait for a frame, then return up to ``most`` of those that wait; empty: the end."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closed or self._frames)
             taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
             self._changed.notify_all()
@@ -171,12 +172,12 @@ class _InputQueue:
 
     def fail(self, error: InputError) -> None:
         """Count a frame that was taken and could not be converted. May be called from any thread."""
-        with self._changed:
+        with self._lock:
             self._counts.failed += 1
             self._counts.failure = str(error)
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 
@@ -194,11 +195,12 @@ class _OutputQueue:
     def __init__(self, room: int) -> None:
         self._room = room
         self._items: deque[_Inferred | None] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # `with` it, not with the condition; see `MemoryBudget`
+        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def put(self, item: _Inferred | None) -> bool:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closed or item is None or len(self._items) < self._room)
             if self._closed:
                 return False
@@ -208,12 +210,12 @@ class _OutputQueue:
 
     def is_ready(self, seconds: float) -> bool:
         """Wait up to so many seconds for an item or the end; False: neither came."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._closed or bool(self._items), seconds)
 
     def take(self) -> _Inferred | None:
         """The next item; call :meth:`is_ready` first."""
-        with self._changed:
+        with self._lock:
             if self._closed:  # no item will come, not even the one that marks the end
                 return None
             item = self._items.popleft()
@@ -221,7 +223,7 @@ class _OutputQueue:
             return item
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

@@ -299,3 +299,43 @@ def test_a_closed_terminal_leaves_only_complete_results(tmp_path: Path) -> None:
         assert process.wait(100) == 129
     assert parts(tmp_path) == []
     assert 3 <= len(list(out.glob("*.jpg"))) < 300
+
+
+#: Raises a signal in the main thread when `Condition.wait` has just released its lock.
+UNLUCKY = """
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+number = int(sys.argv.pop(1))
+
+def returning(frame, event, value):
+    if event == "return":
+        sys.settrace(None)
+        signal.raise_signal(number)
+    return returning
+
+released = threading.Condition._release_save.__code__
+sys.settrace(lambda frame, event, value: returning if frame.f_code is released else None)
+import petseg.cli
+petseg.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_at_an_unlucky_moment_ends_the_run_as_any_other(
+    reds: list[str], tmp_path: Path, number: int, code: int, said: str
+) -> None:
+    """While a thread is started, for example."""
+    command = [sys.executable, "-c", UNLUCKY, str(number), *reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
+
+
+def test_ctrl_c_after_the_command_gives_no_traceback(tmp_path: Path) -> None:
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; "
+        "c.discard_unwritten = lambda: signal.raise_signal(signal.SIGINT); c.main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
