@@ -145,7 +145,7 @@ def test_an_ir_with_dynamic_size_can_be_exported(
 
 
 def test_weights_beyond_float16_never_become_infinity_silently(
-    trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path
+    trained: Any, meta: dict[str, Any], oxford_root: Path, tmp_path: Path, known_graph: None
 ) -> None:
     """Either the compiler leaves such weights in float32, or the parity test fails: a written file is correct."""
     model = trained.model
