@@ -140,7 +140,9 @@ class Tracer:
         with known.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
             if not known.exists():
-                write_atomic(known, self.trace(deployed, spec))
+                traced = self.trace(deployed, spec)
+                write_atomic(known, traced)
+                return traced  # unchanged: the exporter's own weights are tested, too
         if not distinct:
             return known.read_bytes()
         proto = onnx.load(known)
