@@ -310,6 +310,50 @@ def test_a_signal_at_an_unlucky_moment_ends_the_run_as_any_other(
     assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
 
 
+def test_a_signal_while_the_folder_is_tried_leaves_nothing_there(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first result, a file is written there, renamed and removed."""
+    replace = Path.replace
+
+    def renamed(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        signal.raise_signal(signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    with pytest.raises(SystemExit) as end:
+        run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME])
+    assert end.value.code == 143
+    assert parts(tmp_path) == []
+
+
+def test_a_signal_while_the_progress_bar_starts_ends_the_run_as_any_other(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich's bar does not stop if it has started by half."""
+    calls: list[str] = []
+
+    class Bar:
+        def add_task(self, what: str, total: int) -> int:
+            return 0
+
+        def start(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            calls.append("started")
+
+        def stop(self) -> None:
+            calls.append("stopped")
+
+    monkeypatch.setattr("petseg_runtime.cli.infer.watched", lambda: True)
+    monkeypatch.setattr("petseg_runtime.cli.infer.bar", Bar)
+    monkeypatch.setattr("petseg_runtime.cli.infer._Watcher.watch", lambda self, outcome: None)
+    with pytest.raises(SystemExit) as end:
+        run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME])
+    assert end.value.code == 143
+    assert calls == ["started", "stopped"]
+
+
 def test_ctrl_c_after_the_command_gives_no_traceback(tmp_path: Path) -> None:
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import petseg.cli as c; "
