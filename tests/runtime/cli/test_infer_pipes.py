@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -328,30 +329,42 @@ def test_a_signal_while_the_folder_is_tried_leaves_nothing_there(
     assert parts(tmp_path) == []
 
 
-def test_a_signal_while_the_progress_bar_starts_ends_the_run_as_any_other(
-    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Bar:
+    """A progress bar that a signal interrupts in one of its calls."""
+
+    def __init__(self, unlucky: str) -> None:
+        self.unlucky, self.calls = unlucky, list[str]()
+
+    def add_task(self, what: str, total: int) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*_: object) -> None:
+            if name == self.unlucky:
+                signal.raise_signal(signal.SIGTERM)
+            self.calls.append(name)
+
+        return call
+
+
+@pytest.mark.parametrize("unlucky", ["start", "advance"])
+def test_a_signal_in_the_progress_bar_ends_the_run_as_any_other(
+    reds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unlucky: str,
 ) -> None:
-    """Rich's bar does not stop if it has started by half."""
-    calls: list[str] = []
-
-    class Bar:
-        def add_task(self, what: str, total: int) -> int:
-            return 0
-
-        def start(self) -> None:
-            signal.raise_signal(signal.SIGTERM)
-            calls.append("started")
-
-        def stop(self) -> None:
-            calls.append("stopped")
-
+    """Rich's bar cannot be stopped if it has started by half, and may forget to show the cursor again."""
+    shown = Bar(unlucky)
     monkeypatch.setattr("petseg_runtime.cli.infer.watched", lambda: True)
-    monkeypatch.setattr("petseg_runtime.cli.infer.bar", Bar)
-    monkeypatch.setattr("petseg_runtime.cli.infer._Watcher.watch", lambda self, outcome: None)
+    monkeypatch.setattr("petseg_runtime.cli.infer.bar", lambda: shown)
     with pytest.raises(SystemExit) as end:
         run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME])
     assert end.value.code == 143
-    assert calls == ["started", "stopped"]
+    assert shown.calls[0] == "start"
+    assert shown.calls[-1] == "stop"
+    assert capsys.readouterr().err == "\x1b[?25hpetseg: terminated\n"
 
 
 def test_ctrl_c_after_the_command_gives_no_traceback(tmp_path: Path) -> None:
