@@ -53,7 +53,7 @@ from petseg.warm_start import first_weights
 from petseg_runtime import __version__
 from petseg_runtime.artifact import open_artifact
 from petseg_runtime.errors import CheckpointError, NonFiniteLoss
-from petseg_runtime.signals import EXITS, handled
+from petseg_runtime.signals import EXITS, handled, held
 from petseg_runtime.text import counted
 
 __all__ = ["Step", "Trainer"]
@@ -151,8 +151,9 @@ class Trainer:
         self._clock = self._mark = time.perf_counter()
         self._stop = self._agreed = False  # not an Event, on whose lock a handler could block if it interrupts another
         check_folder(output, resume)
-        # Held until `unlock`, or until a trainer that never gets there is garbage-collected.
-        self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
+        # Locked until `unlock`, or until a trainer that never gets there is garbage-collected.
+        with held():  # a signal in between would leave the lock file
+            self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
         if self.ranks.first:
             remove_unfinished(output)
         self.dtype = pick_precision(config.amp, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from petseg.config import TrainConfig, to_dict
 from petseg.data import Split, find
 from petseg.distributed import Ranks
 from petseg.evaluate import as_shown, evaluate, open_model
-from petseg.lock import LOCK
+from petseg.lock import LOCK, lock_folder
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
 from petseg_runtime.errors import NonFiniteLoss
@@ -105,6 +107,24 @@ def test_the_options_reach_the_run(trained: Run) -> None:
     assert meta["model"] == to_dict(TrainConfig(model=AttentionUNetConfig(width=2)))["model"]
     assert (meta["spec"]["height"], meta["spec"]["width"]) == (32, 32)
     assert meta["precision"] == "float32"
+
+
+def test_a_signal_while_the_folder_is_locked_leaves_no_lock_file(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(folder: Path) -> Callable[[], None]:
+        unlock = lock_folder(folder)
+        signal.raise_signal(signal.SIGTERM)
+        return unlock
+
+    monkeypatch.setattr(training, "lock_folder", locked)
+    monkeypatch.setattr(training, "remove_unfinished", lambda folder: time.sleep(60))  # it comes next
+    with pytest.raises(SystemExit) as end:
+        run(["train", "--data", str(oxford_root), "--output", str(tmp_path / "run"), *SMALL])
+    assert end.value.code == 143
+    del end  # its traceback keeps the trainer alive
+    gc.collect()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_resumed_says_the_same_again(

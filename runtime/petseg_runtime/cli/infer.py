@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from petseg_runtime.sources import Item, Origin
 
 __all__ = ["infer"]
+
+#: What makes a terminal show its cursor, which rich's progress bar hides.
+_SHOW_CURSOR: Final = "\x1b[?25h"
 
 #: Options that apply to videos and streams only.
 VIDEO_OPTIONS = ("start", "stride", "max_frames", "smooth", "segment", "no_audio", "policy", "stall", "give_up")
@@ -707,6 +710,8 @@ class _Watcher:
     def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
+            # Rich may fail to do this after a signal in the middle of what it prints.
+            click.echo(_SHOW_CURSOR, nl=False, err=True, color=True)
 
     def expect(self, photos: int) -> None:
         """Show the progress bar, if there is one, for this many photos."""

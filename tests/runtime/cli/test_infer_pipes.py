@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,62 @@ def test_a_signal_at_an_unlucky_moment_ends_the_run_as_any_other(
     command = [sys.executable, "-c", UNLUCKY, str(number), *reds, str(tmp_path / "out"), *IN_ONNXRUNTIME]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr.strip()) == (code, f"petseg: {said}")
+
+
+def test_a_signal_while_the_folder_is_tried_leaves_nothing_there(
+    reds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first result, a file is written there, renamed and removed."""
+    replace = Path.replace
+
+    def renamed(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        signal.raise_signal(signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(Path, "replace", renamed)
+    with pytest.raises(SystemExit) as end:
+        run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME])
+    assert end.value.code == 143
+    assert parts(tmp_path) == []
+
+
+class Bar:
+    """A progress bar that a signal interrupts in one of its calls."""
+
+    def __init__(self, unlucky: str) -> None:
+        self.unlucky, self.calls = unlucky, list[str]()
+
+    def add_task(self, what: str, total: int) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*_: object) -> None:
+            if name == self.unlucky:
+                signal.raise_signal(signal.SIGTERM)
+            self.calls.append(name)
+
+        return call
+
+
+@pytest.mark.parametrize("unlucky", ["start", "advance"])
+def test_a_signal_in_the_progress_bar_ends_the_run_as_any_other(
+    reds: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unlucky: str,
+) -> None:
+    """Rich's bar cannot be stopped if it has started by half, and may forget to show the cursor again."""
+    shown = Bar(unlucky)
+    monkeypatch.setattr("petseg_runtime.cli.infer.watched", lambda: True)
+    monkeypatch.setattr("petseg_runtime.cli.infer.bar", lambda: shown)
+    with pytest.raises(SystemExit) as end:
+        run([*reds, str(tmp_path / "out"), *IN_ONNXRUNTIME])
+    assert end.value.code == 143
+    assert shown.calls[0] == "start"
+    assert shown.calls[-1] == "stop"
+    assert capsys.readouterr().err == "\x1b[?25hpetseg: terminated\n"
 
 
 def test_ctrl_c_after_the_command_gives_no_traceback(tmp_path: Path) -> None:
