@@ -296,6 +296,8 @@ def test_an_unreadable_result_does_not_break_info(
     out = capsys.readouterr().out
     assert "verified here  toy.onnx.verified.json: " in out
     assert proven.identity in out
+    assert run(["verify", str(proven.path), "-q", *IN_ONNXRUNTIME]) == 0, "which replaces it"
+    assert json.loads(sidecar_of(proven.path).read_text(encoding="utf-8"))["others"] == []
 
 
 def test_a_full_disk_leaves_the_earlier_result(tmp_path: Path) -> None:
