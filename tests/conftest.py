@@ -114,6 +114,24 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder of that name, with the function that is given, unless another worker has done so."""
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = shared_folder / name, shared_folder / f"{name}.made"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
 class Tracer:
     """The exporter's `graph_bytes` with a cache: tracing takes seconds, and depends on a network's structure only.
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,18 +232,20 @@ def two(body: str, root: Path, out: Path, teacher: Path, port: int) -> list[tupl
 
 
 @pytest.fixture(scope="module")
-def ends(oxford_root: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outcome for both processes, one JSON file per process and failure."""
-    out = tmp_path_factory.mktemp("ends")
-    stop_after(oxford_root, out / "resumed", step=7)
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        ports = [free.getsockname()[1] for free in (one, other)]  # held until both are known, so that they differ
-    bodies = zip((IN_ORDER, DIES), ports, strict=True)
-    scripts = json.dumps([s for body, port in bodies for s in two(body, oxford_root, out, whole / BEST, port)])
-    command = [sys.executable, "-c", FORKED]
-    done = subprocess.run(command, input=scripts, capture_output=True, text=True, timeout=280, env=environment())
-    assert done.stdout == "[0, 0, 0, 3]\n", done.stderr
-    return out
+def ends(oxford_root: Path, whole: Path, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The outcome for both processes, one JSON file per process and failure. Each of its runs is for one test."""
+
+    def make(out: Path) -> None:
+        stop_after(oxford_root, out / "resumed", step=7)
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            ports = [free.getsockname()[1] for free in (one, other)]  # held until both are known, so that they differ
+        bodies = zip((IN_ORDER, DIES), ports, strict=True)
+        scripts = json.dumps([s for body, port in bodies for s in two(body, oxford_root, out, whole / BEST, port)])
+        command = [sys.executable, "-c", FORKED]
+        done = subprocess.run(command, input=scripts, capture_output=True, text=True, timeout=280, env=environment())
+        assert done.stdout == "[0, 0, 0, 3]\n", done.stderr
+
+    return made_once("ends", make)
 
 
 def stop_after(root: Path, out: Path, step: int) -> None:
