@@ -384,7 +384,7 @@ class StreamSink(Sink):
         except (OSError, ValueError) as error:
             raise InputError(f"{item.source}: its result cannot be written ({error})") from error
         try:
-            write_all(self._stream, encoded.getbuffer())
+            write_all(self._stream, encoded.getvalue())
         except BrokenPipeError:
             raise  # the reader has closed the pipe, which is not an error
         except OSError as error:

@@ -21,6 +21,7 @@ from typing import Any
 
 import av
 import pytest
+from av.container import core
 
 from benchmarks.servers import (
     Relay,
@@ -841,6 +842,17 @@ def test_a_process_ends_cleanly_while_its_decoder_hangs_in_a_read(model: Path) -
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/live.ts"
         done = subprocess.run([sys.executable, "-c", LEAVES, model, url], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_when_python_exits_ffmpeg_waits_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks PyAV whether to wait on; during Python's shutdown that would crash the process now and then."""
+    monkeypatch.setitem(vars(core), "time", time)  # restored afterwards
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/live.ts"
+        connection = live._Connection(lambda: VideoReader(url, options={}, timeout=(60, 60)), threading.Condition())
+        with silent.accept()[0]:
+            live._leave_all()
+            assert not connection.runs
 
 
 @needs("rtsp")
