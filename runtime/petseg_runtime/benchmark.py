@@ -28,6 +28,7 @@ from petseg_runtime.engines.base import Device, Engine, EngineInfo
 from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import LOOK_UP, Gpu, Host, host, usable_cpus
+from petseg_runtime.signals import let_through
 from petseg_runtime.text import counted
 
 __all__ = ["ROUNDS", "STAGES", "Benchmark", "Row", "measure", "sample_batch"]
@@ -336,7 +337,7 @@ def _runs_per_second(engine: Engine, photos: U8, callers: int, seconds: float) -
             running = [pool.submit(call) for _ in range(callers)]
             for future in running:
                 while not wait([future], LOOK_UP).done:
-                    pass  # here, not in the middle of a wait, a signal ends the run
+                    let_through()
             return sum(future.result() for future in running)
         finally:
             stop.set()  # after Ctrl-C or a failure, the other callers stop after their current run

@@ -17,7 +17,7 @@ from typing import Final
 
 from petseg_runtime.errors import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
 
-__all__ = ["ECHO", "EXITS", "HANG_UP", "handled", "held", "leave_terminal", "silence", "terminable"]
+__all__ = ["ECHO", "EXITS", "HANG_UP", "handled", "held", "leave_terminal", "let_through", "silence", "terminable"]
 
 #: Sent when the terminal is gone: its window was closed, or the connection to this machine broke.
 HANG_UP: Final = signal.SIGHUP
@@ -37,6 +37,8 @@ ECHO: Final = 0.25
 #: handler, the system ignores this one.
 _AGAIN: Final = 0.005
 _TRY_AGAIN: Final = signal.SIGURG
+#: Seconds in which it is surely tried again.
+_MOMENT: Final = 4 * _AGAIN
 
 #: The modules in which a signal raises no exception; see :func:`_is_held`.
 _LOCKING: Final = ("threading", "concurrent.futures")
@@ -95,6 +97,14 @@ def held() -> Iterator[None]:
         yield
     finally:
         _held -= 1
+
+
+def let_through() -> None:
+    """Let a signal that came in a wait for a thread end the run; call it between the parts of a long wait.
+
+    All of such a wait is within Python's functions for threads, where the exception is held back.
+    """
+    time.sleep(_MOMENT)
 
 
 def _is_held(frame: FrameType | None) -> bool:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from petseg_runtime import host
 from petseg_runtime.engines.base import Engine, EngineInfo
 from petseg_runtime.host import Gpu, Host
+from petseg_runtime.signals import let_through
 
 __all__ = ["INTERVALS", "SLOWER", "Interval", "Sustained", "sustain"]
 
@@ -182,6 +183,8 @@ def _wait_until(working: Sequence[Future[None]], when: float) -> None:
         ended, _ = wait(working, min(left, host.LOOK_UP), FIRST_EXCEPTION)
         for future in ended:
             future.result()
+        if left > host.LOOK_UP:
+            let_through()
 
 
 def _runs(marks: list[float], begun: float, ended: float) -> float:

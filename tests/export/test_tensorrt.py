@@ -30,6 +30,7 @@ from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.tensorrt_build import Built, Profile, build, timings_slot
 from petseg_runtime.engines.tensorrt_library import RTX, TRT
 from petseg_runtime.errors import EngineError, ModelError
+from petseg_runtime.signals import terminable
 from petseg_runtime.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -367,7 +368,7 @@ def test_ctrl_c_cancels_the_build(
 
     monkeypatch.setattr(tensorrt_build, "_Progress", Progress)
     capfd.readouterr()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), terminable():  # as in a command
         build(graph(), profile(), library=RTX, watch=watch)
     assert len(news) == 1
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("petseg-tensorrt")]

@@ -27,6 +27,7 @@ from petseg_runtime.doctor import EngineCheck, RuleLine
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import host
+from petseg_runtime.signals import terminable
 from petseg_runtime.spec import ModelSpec
 
 SHORT = 0.01
@@ -197,6 +198,19 @@ def test_if_one_caller_fails_the_others_stop_after_their_run() -> None:
     engine = Abacus(spec, EngineOptions(streams=2), fails=50)
     with pytest.raises(EngineError, match="a bead fell off"):
         benchmark._runs_per_second(engine, np.zeros((1, 16, 32, 3), np.uint8), 2, seconds=10_000)
+
+
+def test_a_signal_ends_the_wait_for_the_callers() -> None:
+    engine = Abacus(ModelSpec(name="toy", height=16, width=32), EngineOptions(streams=2))
+    threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGTERM)).start()
+    completed: list[float] = []
+
+    def work() -> None:
+        completed.append(benchmark._runs_per_second(engine, np.zeros((1, 16, 32, 3), np.uint8), 2, seconds=5))
+
+    with pytest.raises(SystemExit), terminable():
+        work()
+    assert completed == []
 
 
 def test_the_summary_covers_all_runs_and_the_spread_covers_rounds() -> None:

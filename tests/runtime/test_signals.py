@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from petseg_runtime.signals import EXITS, handled, held, terminable
+from petseg_runtime.signals import EXITS, handled, held, let_through, terminable
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -102,6 +103,21 @@ def test_a_signal_in_pythons_functions_for_threads_raises_its_exception_after_th
         time.sleep(60)
         done.append("the rest")
     assert done == ["the function"]
+
+
+def test_a_long_wait_for_a_thread_is_ended_between_its_parts() -> None:
+    with ended(signal.SIGTERM) as done, ThreadPoolExecutor(1) as pool:
+        leave = threading.Event()
+        working = pool.submit(leave.wait, 60)
+        threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGTERM)).start()
+        try:
+            for _ in range(10):
+                wait([working], 0.2)
+                let_through()
+            done.append("the whole wait")
+        finally:
+            leave.set()
+    assert done == []
 
 
 def test_a_signal_in_an_imports_locks_raises_its_exception_after_them() -> None:

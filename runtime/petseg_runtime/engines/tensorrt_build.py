@@ -33,6 +33,7 @@ from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library, Record, i
 from petseg_runtime.errors import EngineError, ModelError
 from petseg_runtime.extras import install
 from petseg_runtime.files import write_atomic
+from petseg_runtime.signals import let_through
 from petseg_runtime.spec import STRIDE, ModelSpec
 
 __all__ = ["MAX_BATCH", "Built", "Profile", "Watch", "build", "known_targets", "profile_of", "timings_slot"]
@@ -205,7 +206,7 @@ def build(
             future = pool.submit(_build, compiler, graph, profile, timing_cache, progress, activate)
             progress.start.set()
             while not wait([future], host.LOOK_UP).done:
-                pass
+                let_through()
             return future.result()
         finally:
             progress.stop.set()
