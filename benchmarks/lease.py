@@ -48,7 +48,7 @@ from benchmarks.embedded.ship import trained
 from benchmarks.thresholds import at_each, best_of_each
 from benchmarks.training import SPARE, make_subset
 from petseg import checkpoint, recipes
-from petseg.config import TrainConfig, from_dict, override
+from petseg.config import DataConfig, TrainConfig, from_dict, override
 from petseg.data import Pair, Split, find, read_pair, resize_trimap
 from petseg.device import pick_device
 from petseg.evaluate import Evaluation, OpenedModel, evaluate, open_model
@@ -163,7 +163,7 @@ def lease(
         values["weights"] = pack(rounded(run / BEST, weights, commit), out)
         values["runs"] = [{**trained([run])[0], **origin}]
         records.write(recipe, command, values, record)  # now, in case the measurement fails
-        values |= validated(weights, job)
+        values |= validated(weights, job.root, job.config().data, device)
         values |= measured(weights, device, values["thresholds"], tests)
     records.write(recipe, command, {**values, "seconds": time.perf_counter() - began}, record)
     say(values["tests"])
@@ -305,11 +305,10 @@ def _half(tensor: Tensor) -> Tensor:
     return half if tensor.ndim > 1 and bool(half.isfinite().all()) else tensor
 
 
-def validated(weights: Path, job: Job) -> dict[str, Any]:
+def validated(weights: Path, root: Path, split: DataConfig, device: str) -> dict[str, Any]:
     """Measure on the validation photos, and find the best threshold there for each reading of the border."""
-    split = job.config().data
-    pairs = find(job.root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed)
-    with open_model(weights, job.device) as model:
+    pairs = find(root, Split.VAL, val_fraction=split.val_fraction, seed=split.split_seed)
+    with open_model(weights, device) as model:
         result = evaluated(model, pairs)
         return {
             "model": model.describe(),

@@ -1,6 +1,7 @@
 """Train the published network, 29.3 M parameters, on two CPU cores in two hours, taught by the built-in model.
 
     python -m benchmarks.width64 train --data data --output runs/width64 --teacher petseg/weights/edge.safetensors
+    python -m benchmarks.width64 record runs/width64 --data data
 
 At 128 x 128, two cores with bf16 compute an epoch in six minutes (AMD EPYC of family 26), so an ordinary run of the
 recipe ``published`` takes three hours. Here the network sees its photos at growing sizes (progressive resizing: Tan &
@@ -9,6 +10,9 @@ the loss is computed, at the training size in any case; only the network's input
 
 The teacher (``loss.teacher`` and ``loss.features``, see :class:`petseg.objective.Distillation`) sees the same photos
 enlarged to the size it was trained at. Everything else is `petseg train`: the settings are in ``width64.toml``.
+
+The second command rounds the best checkpoint's kernels to float16, as a GPU's weights are (:mod:`benchmarks.lease`),
+keeps that file as ``petseg/weights/width64.safetensors``, and measures it.
 """
 
 from __future__ import annotations
@@ -22,14 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import photos
+from benchmarks import lease, photos, records
+from benchmarks.embedded.ship import trained
 from benchmarks.rival import EpochLines
+from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.model import AttentionUNet
 from petseg.objective import Distillation, Objective
 from petseg.record import commit
+from petseg.run_state import BEST
 from petseg.train import Trainer
 
+WEIGHTS: Final = records.ROOT / "petseg" / "weights" / "width64.safetensors"
 CONFIG: Final = Path(__file__).with_suffix(".toml")
 #: Input sizes of the network, each with the share of the run that ends with it.
 SIDES: Final = ((64, 0.3), (96, 0.7), (128, 1.0))
@@ -124,6 +132,23 @@ def train(data: Path, output: Path, teacher: Path, resume: bool) -> None:
         observer=EpochLines(),
         provenance={"command": command, "commit": commit()},
     ).fit()
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+def record(run: Path, data: Path) -> None:
+    """Keep the best checkpoint of RUN, rounded, and write results/training/width64.json."""
+    tests = lease.tests_in(data)  # before anything is replaced
+    runs = trained([run])
+    split = from_dict(TrainConfig, runs[0]["config"]).data
+    lease.rounded(run / BEST, WEIGHTS)
+    found = lease.validated(WEIGHTS, photos.training_set(data), split, "cpu")
+    found |= lease.measured(WEIGHTS, "cpu", found["thresholds"], tests)
+    kept = {"bytes": WEIGHTS.stat().st_size, "sha256": checkpoint.load(WEIGHTS).sha256}
+    command = "python -m benchmarks.width64 record RUN --data DATA"
+    records.write("training/width64", command, {"runs": runs, "weights": kept, **found})
+    lease.say(found["tests"])
 
 
 if __name__ == "__main__":
