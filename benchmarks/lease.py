@@ -8,7 +8,8 @@
 The second command runs on the GPU machine, the others at home. ``photos`` makes a small data set to send: the
 training photos at the training size. ``measure`` measures the very file that came back on all test photos. If the GPU
 machine has all of ``data``, neither is needed. petseg need not be installed there: set ``PYTHONPATH=.:export:runtime``.
-Without git, pass ``--commit HASH``.
+Without git, pass ``--commit HASH``. ``petseg/weights`` is not needed there, unless a file of it is given as --teacher
+or --init.
 
 The run is a `petseg train` in a temporary folder, which is deleted with the optimizer state. OUT stays small: the
 weights in pieces of at most 15 MiB with a manifest, and RECIPE.json, a record like those in ``results/training``. The

@@ -46,6 +46,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
     },
     records.ROOT / "benchmarks" / "RESULTS.md": {
         "accuracy": Section(tables.accuracy, ("embedded-test-128", "embedded-test-native", "accuracy")),
+        "width64": Section(tables.width64),
         "shown": Section(tables.shown, ("shown",)),
         "engines": Section(tables.engines, ("accuracy",)),
         "others": Section(tables.others, ("accuracy",)),

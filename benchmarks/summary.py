@@ -29,8 +29,9 @@ SHORT: Final = {TEST_SETS[COPIES]: "the 3000 copies of 128×128", TEST_SETS[NATI
 
 
 def quality() -> str:
-    """Returns the IoU of the built-in model, the published network and LR-ASPP, each reading at its own threshold."""
+    """Returns the IoU of the built-in model and of others, each reading at its own threshold."""
     record, against, shown = records.load("accuracy"), records.load("rival"), records.load("shown")["sets"]
+    wide = records.load("training/width64")["tests"]
     published = PUBLISHED["readings"]["background"]
     figures = f"{published['iou']:.4f} | {published['dice']:.4f}"
     at = {border: f"at {record['thresholds'][kind]:.2g}" for border, kind in CHOSEN.items()}
@@ -45,6 +46,8 @@ def quality() -> str:
         seen = {border: shown[what]["shown"][kind]["readings"][border] for border, kind in CHOSEN.items()}
         lines.append(row("**petseg's built-in model, 1.8 M**", what, ours))
         lines.append(row("**the same, as shown by `petseg infer`**", what, seen))
+        by_us = wide[what]["at_thresholds_of_validation"]
+        lines.append(row("the published network, 29.3 M, trained by us, at 128×128", what, by_us))
         lines.append(row("LR-ASPP MobileNetV3, 3.2 M, trained by us", what, against["sets"][what]["readings"]))
     return "\n".join(lines)
 

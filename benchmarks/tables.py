@@ -12,6 +12,8 @@ from benchmarks.published import CHOSEN, ELSEWHERE, PUBLISHED
 
 #: How the tables name each reading of the border.
 BORDER: Final = {"background": "as background", "pet": "as pet", "ignored": "ignored"}
+#: Columns of the tables of one model.
+METRICS: Final = ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
 #: Columns of IoU, one for each reading.
 IOU_BY_BORDER: Final = " | ".join(f"IoU, border {how}" for how in BORDER.values())
 #: The two ways to look at a network's output.
@@ -33,14 +35,33 @@ def accuracy() -> str:
         rows = [(own, border) for border in own["readings"]] + [(lower, "ignored")]
         for metrics, border in rows:
             values = metrics["readings"][border]
-            cells = " | ".join(
-                f"{values[metric]:.4f}"
-                for metric in ("iou", "dice", "accuracy", "precision", "recall", "mean_image_iou")
-            )
+            cells = " | ".join(f"{values[metric]:.4f}" for metric in METRICS)
             what = f"built-in model, 1.8 M, threshold {metrics['threshold']:.2f}; {record['data']}"
             lines.append(f"| {what} | {BORDER[border]} | {cells} |")
     engine = record["model"]["engine"]
     return "\n".join([*lines, "", f"Computed by {engine}. {draws(records.load('accuracy'))}"])
+
+
+def width64() -> str:
+    """Returns the accuracy of the published network as we trained it on a CPU, and what that training took."""
+    record = records.load("training/width64")
+    (run,), validation, thresholds = record["runs"], record["validation"], record["thresholds"]
+    cells = ", ".join(f"{BORDER[border]} {value:.2g}" for border, value in thresholds.items())
+    lines = [
+        f"{run['epochs']} epochs in {run['seconds'] / 60:.0f} minutes of steps on {record['machine']['cores']} cores of "
+        f"{record['machine']['cpu']}, {run['images_per_s']:.1f} photos/s, {100 * run['data_wait']:.0f} % of the time "
+        f"waiting for data. Best on validation photos after epoch {run['best']['epoch']:.0f}: IoU "
+        f"{validation['iou']:.4f}. The file, {record['weights']['bytes'] / 1e6:.0f} MB, at the thresholds that are best "
+        f"on them ({cells}):",
+        "",
+        "| test photos | border | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for what, found in record["tests"].items():
+        for border, values in found["at_thresholds_of_validation"].items():
+            figures = " | ".join(f"{values[metric]:.4f}" for metric in METRICS)
+            lines.append(f"| {what} | {BORDER[border]} | {figures} |")
+    return "\n".join(lines)
 
 
 def shown() -> str:
