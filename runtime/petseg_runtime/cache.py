@@ -291,7 +291,7 @@ def entries() -> list[Entry]:
     """
     folder = cache_folder()
     try:
-        if folder is None or not folder.exists():
+        if folder is None or _is_missing(folder):
             return []
         names = sorted(file.name for file in _ours(folder))
         paths = dict.fromkeys(folder / found[1] for name in names if (found := _ENTRY.fullmatch(name)))
@@ -313,10 +313,12 @@ def clear() -> tuple[int, int]:
         OutputError: The folder belongs to another user, or some files cannot be removed; all others are.
     """
     folder, count, size = cache_folder(), 0, 0
-    if folder is None or not os.path.lexists(folder):
+    if folder is None:
         return 0, 0
     failures = []
     try:
+        if _is_missing(folder):
+            return 0, 0
         _check_own(folder)
         for file in _ours(folder):
             try:
@@ -394,6 +396,15 @@ def _size(path: Path) -> int:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def _is_missing(folder: Path) -> bool:
+    """Whether there is no folder yet; raises OSError if there cannot be one, because its parent is a file."""
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _ours(folder: Path) -> list[os.DirEntry[str]]:

@@ -285,10 +285,11 @@ def _as_of_now(result: dict[str, Any]) -> dict[str, Any]:
     if was == __version__:
         return result
     rows = result.get("rows")
+    known = rows if isinstance(rows, list) else []
     return {
         **result,
         "road": {"summary": f"verified by petseg {was}, and this is {__version__}: run `petseg verify` again"},
-        "passed": isinstance(rows, list) and all(isinstance(row, dict) and row.get("passed") is True for row in rows),
+        "passed": bool(known) and all(isinstance(row, dict) and row.get("passed") is True for row in known),
         "summary": str(result.get("summary", "")).partition(f"; {_ROAD}")[0],
     }
 

@@ -609,6 +609,16 @@ def test_an_unreadable_folder_is_an_error(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- petseg cache
 
 
+@pytest.mark.parametrize(("words", "said"), [([], "read"), (["--clear"], "cleared")])
+def test_a_cache_inside_a_file_is_an_error(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
+    assert run(["cache", *words]) == 6
+    assert f"the cache cannot be {said} (Not a directory)" in capsys.readouterr().err
+
+
 def test_the_command_lists_and_clears(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     total = sum(entry.size for entry in entries())
     assert run(["cache"]) == 0
