@@ -46,13 +46,13 @@ def width64() -> str:
     """Returns the accuracy of the published network as we trained it on a CPU, and what that training took."""
     record = records.load("training/width64")
     (run,), validation, thresholds = record["runs"], record["validation"], record["thresholds"]
+    machine = record["machine"]
     cells = ", ".join(f"{BORDER[border]} {value:.2g}" for border, value in thresholds.items())
     lines = [
-        f"{run['epochs']} epochs in {run['seconds'] / 60:.0f} minutes of steps on {record['machine']['cores']} cores of "
-        f"{record['machine']['cpu']}, {run['images_per_s']:.1f} photos/s, {100 * run['data_wait']:.0f} % of the time "
-        f"waiting for data. Best on validation photos after epoch {run['best']['epoch']:.0f}: IoU "
-        f"{validation['iou']:.4f}. The file, {record['weights']['bytes'] / 1e6:.0f} MB, at the thresholds that are best "
-        f"on them ({cells}):",
+        f"{run['epochs']} epochs in {run['seconds'] / 60:.0f} minutes of steps on {machine['cores']} cores of "
+        f"{machine['cpu']}, {run['images_per_s']:.1f} photos/s, {100 * run['data_wait']:.0f} % of the time waiting for "
+        f"data. Best on validation photos after epoch {run['best']['epoch']:.0f}: IoU {validation['iou']:.4f}. The "
+        f"file, {record['weights']['bytes'] / 1e6:.0f} MB, at the thresholds that are best on them ({cells}):",
         "",
         "| test photos | border | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
         "|---|---|---|---|---|---|---|---|",

@@ -44,6 +44,7 @@ def shown(alone: float, seen: float, **sets: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, **values: dict[str, Any]) -> None:
+    (folder / "training").mkdir(exist_ok=True)
     for name, record in values.items():
         (folder / f"{name}.json").write_text(json.dumps(record))
 
@@ -59,6 +60,7 @@ def figures(tmp_path: Path) -> None:
         shown=shown(0.9039, 0.9139, small=kinds),
         accuracy=accuracy,
         rival={"epochs": 8, "sets": {"small": readings(0.86)}},
+        **{"training/width64": {"tests": {"small": {"at_thresholds_of_validation": readings(0.84)["readings"]}}}},
         peers={
             "rows": [
                 peer("petseg, auto", faster=1, start=0.4, installed=400),
@@ -98,9 +100,10 @@ def test_without_shortfalls_none_are_mentioned(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("figures")
 def test_each_metric_is_reported_at_its_threshold() -> None:
-    head, *_, ours, seen, theirs = summary.quality().splitlines()
+    head, *_, ours, seen, wide, theirs = summary.quality().splitlines()
     assert "IoU, border as background (at 0.61) | Dice, border as background | IoU, border as pet (at 0.047)" in head
     assert head.endswith("| IoU, border ignored (at 0.3) |")
     assert ours.endswith("| small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |")
     assert seen == "| **the same, as shown by `petseg infer`** | small | 0.8500 | 0.9000 | 0.8600 | 0.9200 |"
+    assert wide.endswith("29.3 M, trained by us, at 128×128 | small | 0.8400 | 0.8900 | 0.8400 | 0.8400 |")
     assert theirs.endswith("| small | 0.8600 | 0.9100 | 0.8600 | 0.8600 |")
