@@ -10,10 +10,12 @@ import dataclasses
 import enum
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -1502,13 +1504,62 @@ def test_the_library_fake_matches_the_real_module(name: str, library: str) -> No
     trt = real(library)
     if name in ("IRuntimeConfig", "IRuntimeCache") and library == "tensorrt":
         pytest.skip("not used with TensorRT")
+    configured = ("create_runtime_config", "create_execution_context")  # TensorRT's is created without a parameter
     for method, function in inspect.getmembers(STANDS[name], inspect.isfunction):
-        if method.startswith("_") or (method == "create_runtime_config" and library == "tensorrt"):
+        if method.startswith("_") or (method in configured and library == "tensorrt"):
             continue
-        # pybind11: "method(self: ..., name: str, index: int) -> str", and one such line for each overload.
-        signatures = re.findall(rf"\b{method}\(self: [\w.]+(.*)\) ->", getattr(getattr(trt, name), method).__doc__)
-        parameters = [*inspect.signature(function).parameters][1:]
-        assert any(re.findall(r", (\w+):", signature) == parameters for signature in signatures), signatures
+        assert [*inspect.signature(function).parameters][1:] in parameters(trt, name, method)
+
+
+#: The calls of a build, with the names of their parameters.
+CALLS = {
+    "Builder.create_network": ["flags"],
+    "Builder.create_builder_config": [],
+    "Builder.create_optimization_profile": [],
+    "Builder.build_serialized_network": ["network", "config"],
+    "IBuilderConfig.clear_flag": ["flag"],
+    "IBuilderConfig.add_optimization_profile": ["profile"],
+    "IBuilderConfig.create_timing_cache": ["serialized_timing_cache"],
+    "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
+    "IOptimizationProfile.set_shape": ["input", "min", "opt", "max"],
+    "INetworkDefinition.get_input": ["index"],
+    "INetworkDefinition.get_output": ["index"],
+    "ITimingCache.serialize": [],
+    "OnnxParser.parse": ["model", "path"],
+    "OnnxParser.get_error": ["index"],
+    "ParserError.desc": [],
+    "ParserError.node_name": [],
+    "ParserError.node_operator": [],
+}
+
+
+def parameters(trt: Any, name: str, method: str) -> list[list[str]]:
+    """The parameters of each overload; pybind11 documents them as "method(self: ..., name: str, index: int) -> str"."""
+    signatures = re.findall(rf"\b{method}\(self: [\w.]+(.*)\) ->", getattr(getattr(trt, name), method).__doc__)
+    return [re.findall(r", (\w+):", signature) for signature in signatures]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_calls_of_a_build_exist_in_the_real_library(library: str) -> None:
+    trt = real(library)
+    for call, expected in CALLS.items():
+        assert expected in parameters(trt, *call.split(".")), call
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_names_of_a_build_exist_in_the_real_library(library: str) -> None:
+    trt = real(library)
+    assert trt.BuilderFlag.TF32.name == "TF32"
+    assert trt.ProfilingVerbosity.DETAILED.name == "DETAILED"
+    assert int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) >= 0
+    for attribute in ("profiling_verbosity", "progress_monitor"):
+        assert vars(trt.IBuilderConfig)[attribute].fset is not None
+    for attribute in ("num_inputs", "num_outputs"):
+        assert isinstance(vars(trt.INetworkDefinition)[attribute], property)
+    assert {"phase_start", "step_complete", "phase_finish"} <= vars(trt.IProgressMonitor).keys()
+    assert isinstance(vars(trt.OnnxParser)["num_errors"], property)
 
 
 @pytest.mark.tensorrt
@@ -1523,10 +1574,55 @@ def test_the_names_used_exist_in_the_real_library(library: str) -> None:
     for severity in Severity:
         assert hasattr(trt.ILogger.Severity, severity.name)
     assert isinstance(vars(trt.ICudaEngine)["num_io_tensors"], property)
+    assert hasattr(trt.ICudaEngine, "create_execution_context")
     if library == "tensorrt_rtx":
         assert all(hasattr(trt.DynamicShapesKernelSpecializationStrategy, member.name) for member in KernelStrategy)
         for attribute in ("cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"):
             assert vars(trt.IRuntimeConfig)[attribute].fset is not None
+
+
+#: All that TensorRT's Python module looks up in its libraries when it is imported.
+SYMBOLS = [
+    *(f"create{kind}_INTERNAL" for kind in ("InferBuilder", "InferRefitter", "InferRuntime")),
+    *(f"create{kind}_INTERNAL" for kind in ("NvOnnxParser", "NvOnnxParserRefitter")),
+    *("getBuilderPluginRegistry", "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins"),
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_bindings") is None, reason="no tensorrt-cu12-bindings")
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed, and tested above")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_everything_used_of_tensorrt_exists_in_its_own_module(tmp_path: Path) -> None:
+    """Its Python module imports with empty libraries. The real ones are not in the package, but at NVIDIA."""
+    (spec,) = importlib.util.find_spec("tensorrt_bindings").submodule_search_locations
+    needed = set(
+        re.findall(rb"lib(?:nvinfer|nvinfer_plugin|nvonnxparser)\.so\.\d+", (Path(spec) / "tensorrt.so").read_bytes())
+    )
+    empty = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
+    for name in map(bytes.decode, needed):
+        # Found by the name in the file, once it is loaded; nothing calls it.
+        words = ["cc", "-shared", "-fPIC", "-x", "c", "-o", str(tmp_path / name), f"-Wl,-soname,{name}", "-"]
+        subprocess.run(words, input=empty, text=True, check=True)
+    (tmp_path / "tensorrt.py").write_text(
+        "import ctypes, pathlib\n"
+        "for library in pathlib.Path(__file__).parent.glob('*.so.*'):\n"
+        "    ctypes.CDLL(str(library))\n"
+        "from tensorrt_bindings import *\n"
+        "from tensorrt_bindings import __version__\n"
+    )
+    tests = [
+        test_the_library_fake_matches_the_real_module,
+        test_the_calls_of_a_build_exist_in_the_real_library,
+        test_the_names_of_a_build_exist_in_the_real_library,
+        test_the_names_used_exist_in_the_real_library,
+    ]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not rtx"]
+    words += [f"{__file__}::{test.__name__}" for test in tests]
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    unused = 2  # the two objects of TensorRT for RTX
+    assert f"{len(STANDS) - unused + 3} passed, {unused} skipped" in done.stdout
 
 
 @pytest.mark.tensorrt
