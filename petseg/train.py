@@ -236,12 +236,16 @@ class Trainer:
             return Objective(self.config, self.ranks)
         return Distillation(self.config, self.ranks, self.model, teacher, self.device)
 
-    def fit(self, *, unlock: bool = True) -> Path:
-        """Train to the last epoch.
+    def fit(self) -> Path:
+        """Train to the last epoch, as :meth:`train` does, and let other runs use the folder."""
+        best = self.train()
+        self.unlock()
+        return best
 
-        Args:
-            unlock: Call :meth:`unlock` at the end. If False, the caller does so after writing more files to the folder;
-                after an error, the folder is unlocked in any case.
+    def train(self) -> Path:
+        """Train to the last epoch. The folder stays locked, for a caller that writes more files to it.
+
+        After an error it is unlocked.
 
         Returns:
             The path of the best checkpoint.
@@ -251,24 +255,23 @@ class Trainer:
             EngineError: The device, or a dataloader worker, ran out of memory.
             KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
         """
-        try:
-            remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
-            with handled(self._request_stop, *EXITS), enough_memory(remedy):
-                # The log has one row per finished epoch, so a run that was stopped between an epoch's last step and its
-                # validation resumes with the validation.
-                while not self.finished:
-                    self._epoch(len(self.state.ious))
-                    self._validate()
-                    if self.stopped_early:
-                        self.observer.started(f"stopped: no better validation IoU for {self.config.early_stop} epochs")
-        except BaseException:
-            unlock = True
-            raise
-        finally:
-            # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
-            self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
-            if unlock:
-                self.unlock()
+        remedy = f"use a smaller --batch than {self.config.batch}, or a smaller --size"
+        with contextlib.ExitStack() as after_an_error:
+            after_an_error.callback(self.unlock)
+            try:
+                with handled(self._request_stop, *EXITS), enough_memory(remedy):
+                    # The log has one row per finished epoch, so a run that was stopped between an epoch's last step and
+                    # its validation resumes with the validation.
+                    while not self.finished:
+                        self._epoch(len(self.state.ious))
+                        self._validate()
+                        if self.stopped_early:
+                            patience = self.config.early_stop
+                            self.observer.started(f"stopped: no better validation IoU for {patience} epochs")
+            finally:
+                # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
+                self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
+            after_an_error.pop_all()
         return self.output / BEST
 
     def unlock(self) -> None:
@@ -341,8 +344,8 @@ class Trainer:
         """Run the remaining steps of an epoch.
 
         Raises:
-            NonFiniteLoss: See :meth:`fit`.
-            KeyboardInterrupt: See :meth:`fit`.
+            NonFiniteLoss: See :meth:`train`.
+            KeyboardInterrupt: See :meth:`train`.
         """
         self.sampler.epoch, self.sampler.start = epoch, self.state.step - epoch * len(self.sampler)
         self.model.train()
@@ -448,7 +451,7 @@ class Trainer:
         """Validate the EMA weights, save the checkpoints that are due, write the log; returns the validation IoU.
 
         Raises:
-            KeyboardInterrupt: See :meth:`fit`.
+            KeyboardInterrupt: See :meth:`train`.
         """
         state = self.state
         if not self.last.path.exists():

@@ -219,7 +219,7 @@ def _train(config: TrainConfig, options: Options) -> int:
                 ranks=ranks,
             )
             try:
-                best = trainer.fit(unlock=False)
+                best = trainer.train()
             except KeyboardInterrupt:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)

@@ -435,7 +435,7 @@ def test_what_ends_all_processes_is_said_by_the_first(
         def __init__(self, *_: object, **__: object) -> None:
             pass
 
-        def fit(self, **_: object) -> None:
+        def train(self) -> None:
             raise error
 
     monkeypatch.setattr(training, "Trainer", Ends)
@@ -451,9 +451,9 @@ def test_the_commit_on_record_is_that_of_the_start(
     oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Committed(training.Trainer):
-        def fit(self, *, unlock: bool = True) -> Path:
+        def train(self) -> Path:
             monkeypatch.setattr(records, "commit", lambda: "somebody else's")
-            return super().fit(unlock=unlock)
+            return super().train()
 
     monkeypatch.setattr(records, "commit", lambda: "of the start")
     monkeypatch.setattr(training, "Trainer", Committed)
