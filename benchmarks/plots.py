@@ -25,7 +25,12 @@ from petseg_runtime.files import replacing
 ACCURACY: Final = "accuracy-against-time.svg"
 STAGES: Final = "time-per-stage.svg"
 #: The records that each plot is made from.
-RECORDS: Final = {ACCURACY: ("accuracy", "latency", "peers", "rival"), STAGES: ("throughput", "video")}
+RECORDS: Final = {
+    ACCURACY: ("accuracy", "latency", "peers", "rival", "training/width64"),
+    STAGES: ("throughput", "video"),
+}
+#: The published network in the latency record.
+WIDE: Final = "attention U-Net, width 64, 128x128, batch 1"
 #: Colours of petseg, of others that we measured, and of published figures. Markers differ as well, for colour-blind
 #: readers.
 OURS, THEIRS, GREY = "#1565c0", "#d84315", "#616161"
@@ -84,7 +89,11 @@ def digest(plot: str) -> str:
 
 
 def dots(
-    accuracy: Mapping[str, Any], latency: Mapping[str, Any], rival: Mapping[str, Any], photos: str
+    accuracy: Mapping[str, Any],
+    latency: Mapping[str, Any],
+    rival: Mapping[str, Any],
+    wide: Mapping[str, Any],
+    photos: str,
 ) -> Iterator[Dot]:
     """Yields every row of the accuracy record whose time is known, on one set of photos.
 
@@ -92,7 +101,7 @@ def dots(
     they lose on those. petseg's times are from the latency record, those of ISNet and LR-ASPP from the accuracy record.
     ISNet was measured on a few of the photos only, so petseg's dot on the same few is added. Machines change their
     speed between records: LR-ASPP's time is petseg's time in the latency record, multiplied by their ratio when both
-    ran in alternation.
+    ran in alternation. The IoU of the published network (``wide``) is PyTorch's, which other engines reproduce in f32.
     """
     own: dict[tuple[str, str], float] = {}
     compared = accuracy["compared"]
@@ -120,6 +129,11 @@ def dots(
         beside = own.get((time["engine"], time["precision"]))
         ms = beside * time["petseg_times_as_fast"] if beside else time["median"]
         yield Dot(name, ms, iou_of(rival["sets"][photos]), ours=False)
+    reached = wide["tests"][photos]["at_thresholds_of_validation"]["background"]["iou"]
+    for row in next(network["rows"] for network in latency["networks"] if network["name"] == WIDE):
+        if (row["stored"], row["precision"]) == ("fp32", "f32"):
+            name = f"the published network, 128 × 128, trained by us, {row['engine'].partition(' ')[0]} f32"
+            yield Dot(name, row["median"], reached, ours=False)
 
 
 def time_of(row: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> float | None:
@@ -137,7 +151,11 @@ def iou_of(found: Mapping[str, Any]) -> float:
 
 
 def accuracy_figure(
-    accuracy: Mapping[str, Any], latency: Mapping[str, Any], peers: Mapping[str, Any], rival: Mapping[str, Any]
+    accuracy: Mapping[str, Any],
+    latency: Mapping[str, Any],
+    peers: Mapping[str, Any],
+    rival: Mapping[str, Any],
+    wide: Mapping[str, Any],
 ) -> Figure:
     """Draws a panel for each set of photos, and one with the times of the peers, whose weights are random."""
     sets, others = list(accuracy["photos"]), peers["rows"]
@@ -145,7 +163,7 @@ def accuracy_figure(
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axes, photos in zip(panels[:-1], sets, strict=True):
-        numbered(axes, sorted(dots(accuracy, latency, rival, photos), key=lambda dot: dot.ms))
+        numbered(axes, sorted(dots(accuracy, latency, rival, wide, photos), key=lambda dot: dot.ms))
         if photos == sets[0]:  # the published figure is of the whole test split; the first set is most of it
             published = NETWORK["readings"]["background"]["iou"]
             label = f"{NETWORK['name']}, input size not given: {published:.4f}"
