@@ -75,6 +75,7 @@ def figures(tmp_path: Path) -> None:
 def test_leads_and_shortfalls_have_the_right_sign() -> None:
     published, rival, pretrained, aim, folders, alone, start, size = summary.ahead().splitlines()
     assert ": +1.2 points of IoU on small (0.8500, 95 % interval 0.750 to 0.900). " in published
+    assert published.endswith("the same network reaches 0.8400 at 128×128.")
     assert "-1.0 points" in rival
     assert "0.8600 with the border as pet, where its example shows 0.9125 to 0.9156" in pretrained
     assert aim.startswith("- **Short of our aim of 0.92** (")
