@@ -35,6 +35,7 @@ from petseg.data import Split, find
 from petseg.evaluate import evaluate
 from petseg.model import AttentionUNet, AttentionUNetConfig
 from petseg.observers import Observer
+from petseg.record import commit
 from petseg.reference import torch_run
 from petseg.train import Trainer
 from petseg_export.deploy import DeployedUNet
@@ -84,6 +85,13 @@ class EpochLines(Observer):
         click.echo(f"epoch {row.epoch}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}", err=True)
 
 
+def fitted(kind: type[Trainer], config: TrainConfig, command: str, root: Path, output: Path, **options: Any) -> Path:
+    """Run a kind of trainer on the CPU to its end; returns its best checkpoint, which names the command."""
+    origin = {"command": command, "commit": commit()}
+    device, lines = torch.device("cpu"), EpochLines()
+    return kind(config, root, output, device=device, observer=lines, provenance=origin, **options).fit()
+
+
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder for its checkpoints.")
@@ -95,19 +103,12 @@ def rival(data: Path, output: Path, teacher: Path | None, epochs: int, resume: b
     recipe = from_dict(TrainConfig, recipes.load("edge"))
     # Its blocks do not match the teacher's, so there is no feature distillation; it learns from probabilities alone.
     config = replace(recipe, epochs=epochs, loss=replace(recipe.loss, features=0.0))
-    trainer = RivalTrainer(
-        config,
-        photos.training_set(data),
-        output,
-        device=torch.device("cpu"),
-        teacher=teacher,
-        resume=resume,
-        observer=EpochLines(),
-    )
-    values = measured(trainer.fit(), LrAspp, data)
-    about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [SIZE, SIZE]}
     command = f"python -m benchmarks rival --data DATA --output OUTPUT --epochs {epochs}"
     command += f" --teacher {teacher.name}" if teacher else ""
+    root = photos.training_set(data)
+    best = fitted(RivalTrainer, config, command, root, output, teacher=teacher, resume=resume)
+    values = measured(best, LrAspp, data)
+    about = {"name": NAME, "epochs": epochs, "teacher": teacher.name if teacher else None, "size": [SIZE, SIZE]}
     click.echo(records.write("rival", command, {**about, "hours": round(seconds_of(output) / 3600, 3), **values}))
 
 

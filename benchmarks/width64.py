@@ -28,12 +28,11 @@ from torch import Tensor, nn
 
 from benchmarks import lease, photos, records
 from benchmarks.embedded.ship import trained
-from benchmarks.rival import EpochLines
+from benchmarks.rival import fitted
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.model import AttentionUNet
 from petseg.objective import Distillation, Objective
-from petseg.record import commit
 from petseg.run_state import BEST
 from petseg.train import Trainer
 
@@ -122,16 +121,8 @@ def main() -> None:
 def train(data: Path, output: Path, teacher: Path, resume: bool) -> None:
     """Train with the settings of width64.toml."""
     command = f"python -m benchmarks.width64 train --data {data} --output {output} --teacher {teacher}"
-    GrowingTrainer(
-        from_dict(TrainConfig, load_toml(CONFIG)),
-        photos.training_set(data),
-        output,
-        device=torch.device("cpu"),
-        teacher=teacher,
-        resume=resume,
-        observer=EpochLines(),
-        provenance={"command": command, "commit": commit()},
-    ).fit()
+    config, root = from_dict(TrainConfig, load_toml(CONFIG)), photos.training_set(data)
+    fitted(GrowingTrainer, config, command, root, output, teacher=teacher, resume=resume)
 
 
 @main.command()

@@ -24,11 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rival import EpochLines
+from benchmarks.rival import fitted
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.model import IMAGE_MEAN, IMAGE_STD, AttentionUNet, AttentionUNetConfig
-from petseg.record import commit
 from petseg.train import Trainer
 
 HERE: Final = Path(__file__).parent
@@ -209,8 +208,7 @@ def student(data: Path, output: Path, teacher: Path, init: Path, config: Path, r
 
 def _train(kind: type[Trainer], config: Path, command: str, data: Path, output: Path, **options: Any) -> None:
     settings = from_dict(TrainConfig, load_toml(config))
-    origin = {"command": f"python -m benchmarks.embedded.pretrained {command}", "commit": commit()}
-    kind(settings, data, output, device=torch.device("cpu"), observer=EpochLines(), provenance=origin, **options).fit()
+    fitted(kind, settings, f"python -m benchmarks.embedded.pretrained {command}", data, output, **options)
 
 
 if __name__ == "__main__":

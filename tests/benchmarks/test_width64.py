@@ -94,6 +94,7 @@ def test_the_input_grows_over_the_run_and_the_weights_are_kept_and_measured(
     assert record["weights"]["sha256"] == kept.sha256
     assert {tensor.dtype for tensor in kept.tensors.values() if tensor.ndim == 4} == {torch.float16}
     assert [row["epochs"] for row in record["runs"]] == [3]
+    assert record["runs"][0]["command"].startswith("python -m benchmarks.width64 train --data ")
     (found,) = record["tests"].values()
     assert f"IoU {found['iou']:.4f}" in done.output
     with open_model(tmp_path / "kept.safetensors", "cpu") as model:
