@@ -42,17 +42,19 @@ def accuracy() -> str:
     return "\n".join([*lines, "", f"Computed by {engine}. {draws(records.load('accuracy'))}"])
 
 
-def width64() -> str:
+def published_by_us(name: str) -> str:
     """Returns the accuracy of the published network as we trained it on a CPU, and what that training took."""
-    record = records.load("training/width64")
-    (run,), validation, thresholds = record["runs"], record["validation"], record["thresholds"]
-    machine = record["machine"]
+    record = records.load(name)
+    runs, validation, thresholds, machine = (record[key] for key in ("runs", "validation", "thresholds", "machine"))
+    seconds = sum(run["seconds"] for run in runs)
+    photos = sum(run["seconds"] * run["images_per_s"] for run in runs)
+    waited = sum(run["seconds"] * run["data_wait"] for run in runs)
     cells = ", ".join(f"{BORDER[border]} {value:.2g}" for border, value in thresholds.items())
     lines = [
-        f"{run['epochs']} epochs in {run['seconds'] / 60:.0f} minutes of steps on {machine['cores']} cores of "
-        f"{machine['cpu']}, {run['images_per_s']:.1f} photos/s, {100 * run['data_wait']:.0f} % of the time waiting for "
-        f"data. Best on validation photos after epoch {run['best']['epoch']:.0f}: IoU {validation['iou']:.4f}. The "
-        f"file, {record['weights']['bytes'] / 1e6:.0f} MB, at the thresholds that are best on them ({cells}):",
+        f"{sum(run['epochs'] for run in runs)} epochs in {seconds / 60:.0f} minutes of steps on {machine['cores']} "
+        f"cores of {machine['cpu']}, {photos / seconds:.1f} photos/s, {100 * waited / seconds:.0f} % of the time "
+        f"waiting for data. IoU on validation photos: {validation['iou']:.4f}. At the thresholds that are best on them "
+        f"({cells}):",
         "",
         "| test photos | border | IoU | Dice | pixel accuracy | precision | recall | mean IoU per photo |",
         "|---|---|---|---|---|---|---|---|",

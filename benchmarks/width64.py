@@ -1,4 +1,6 @@
-"""Train the published network, 29.3 M parameters, on two CPU cores in two hours, taught by the built-in model.
+"""Train the published network, 29.3 M parameters, on two CPU cores in two hours, with and without a teacher.
+
+Taught by the built-in model:
 
     python -m benchmarks.width64 train --data data --output runs/width64 --teacher petseg/weights/edge.safetensors
     python -m benchmarks.width64 record runs/width64 --data data
@@ -13,11 +15,22 @@ enlarged to the size it was trained at. Everything else is `petseg train`: the s
 
 The second command rounds the best checkpoint's kernels to float16, as a GPU's weights are (:mod:`benchmarks.lease`),
 keeps that file as ``petseg/weights/width64.safetensors``, and measures it.
+
+By the recipe ``published`` itself, without a teacher. Its schedule restarts after epoch 10, where it can be divided
+into two runs; the first, at 64 x 64, makes it fit into two and a quarter hours:
+
+    petseg train --recipe published --data data/oxford-iiit-pet-128 --output runs/first --size 64 --epochs 10 \\
+        --set schedule.restart_epochs=10
+    petseg train --recipe published --data data/oxford-iiit-pet-best --output runs/second --size 128 --epochs 20 \\
+        --set schedule.restart_epochs=20 --init runs/first/best.safetensors --seed 1
+    python -m benchmarks.width64 recipe runs/first runs/second --data data
+
+The last command measures the last run's best checkpoint, which is not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +44,7 @@ from benchmarks.embedded.ship import trained
 from benchmarks.rival import fitted
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
+from petseg.data import Pair
 from petseg.model import AttentionUNet
 from petseg.objective import Distillation, Objective
 from petseg.run_state import BEST
@@ -132,14 +146,32 @@ def record(run: Path, data: Path) -> None:
     """Keep the best checkpoint of RUN, rounded, and write results/training/width64.json."""
     tests = lease.tests_in(data)  # before anything is replaced
     runs = trained([run])
-    split = from_dict(TrainConfig, runs[0]["config"]).data
     lease.rounded(run / BEST, WEIGHTS)
-    found = lease.validated(WEIGHTS, photos.training_set(data), split, "cpu")
-    found |= lease.measured(WEIGHTS, "cpu", found["thresholds"], tests)
     kept = {"bytes": WEIGHTS.stat().st_size, "sha256": checkpoint.load(WEIGHTS).sha256}
+    found = measured(WEIGHTS, runs[-1], data, tests)
     command = "python -m benchmarks.width64 record RUN --data DATA"
     records.write("training/width64", command, {"runs": runs, "weights": kept, **found})
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1, required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+def recipe(runs: tuple[Path, ...], data: Path) -> None:
+    """Measure the last of RUNS, each begun from the one before, and write results/training/published-cpu.json."""
+    taken = trained(runs)
+    found = measured(runs[-1] / BEST, taken[-1], data, lease.tests_in(data))
+    records.write(
+        "training/published-cpu", "python -m benchmarks.width64 recipe RUN... --data DATA", {"runs": taken, **found}
+    )
+
+
+def measured(weights: Path, run: Mapping[str, Any], data: Path, tests: Mapping[str, Sequence[Pair]]) -> dict[str, Any]:
+    """Choose thresholds on the validation photos of the run that made the weights, and measure on the test photos."""
+    split = from_dict(TrainConfig, run["config"]).data
+    found = lease.validated(weights, photos.training_set(data), split, "cpu")
+    found |= lease.measured(weights, "cpu", found["thresholds"], tests)
     lease.say(found["tests"])
+    return found
 
 
 if __name__ == "__main__":

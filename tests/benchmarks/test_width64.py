@@ -18,6 +18,8 @@ from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.distributed import Ranks
 from petseg.evaluate import open_model
 from petseg.model import AttentionUNet, AttentionUNetConfig
+from petseg.run_state import BEST
+from petseg.train import Trainer
 
 #: width 2, as fast as possible
 SMALL = """
@@ -99,6 +101,27 @@ def test_the_input_grows_over_the_run_and_the_weights_are_kept_and_measured(
     assert f"IoU {found['iou']:.4f}" in done.output
     with open_model(tmp_path / "kept.safetensors", "cpu") as model:
         assert found["threshold"] == model.threshold
+
+
+def test_the_last_of_several_runs_is_measured_and_not_kept(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(width64, "WEIGHTS", tmp_path / "kept.safetensors")
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    config = from_dict(
+        TrainConfig,
+        {"epochs": 1, "batch": 4, "model": {"width": 2}, "data": {"height": 32, "width": 32, "workers": 0}},
+    )
+    runs, cpu = [tmp_path / "first", tmp_path / "second"], torch.device("cpu")
+    Trainer(config, data / photos.BEST, runs[0], device=cpu).fit()
+    best = Trainer(config, data / photos.BEST, runs[1], device=cpu, init=runs[0] / BEST).fit()
+    done = CliRunner().invoke(main, ["recipe", *map(str, runs), "--data", str(data)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "results" / "training" / "published-cpu.json").read_text())
+    assert record["model"]["identity"] == checkpoint.load(best).sha256
+    assert [row["name"] for row in record["runs"]] == ["first", "second"]
+    assert record["tests"]
+    assert not width64.WEIGHTS.exists()
 
 
 def test_logits_have_the_size_of_the_photos_whatever_the_input() -> None:
