@@ -33,7 +33,13 @@ RESULTS: Final = Path(__file__).parent / "results"
 ELSEWHERE: Final = "PETSEG_RESULTS"
 ROOT: Final = Path(__file__).parent.parent
 #: Pathspecs that exclude records and the pages made from them: they change while other benchmarks run.
-MADE: Final = (":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!README.md", ":!runtime/README.md")
+MADE: Final = (
+    ":!benchmarks/results",
+    ":!benchmarks/RESULTS.md",
+    ":!README.md",
+    ":!runtime/README.md",
+    ":!runtime/petseg_runtime/models/README.md",
+)
 
 #: Linux's description of the processor.
 CPUINFO: Final = Path("/proc/cpuinfo")
@@ -44,6 +50,13 @@ BEST_INSTRUCTIONS: Final = {
     "AVX-512 with VNNI": "avx512_vnni",
     "AVX-512": "avx512f",
     "AVX2": "avx2",
+}
+#: Generations of processors whose names virtual machines hide: by name, family and model.
+GENERATIONS: Final = {
+    ("AMD EPYC", "25", "1"): "Zen 3",
+    ("AMD EPYC", "25", "17"): "Zen 4",
+    ("AMD EPYC", "26", "2"): "Zen 5",
+    ("Intel Xeon", "6", "207"): "Emerald Rapids",
 }
 #: The matmul that compares machines: its rows and columns, and how long it is repeated; smaller in tests.
 CALIBRATION_SIZE, CALIBRATION_SECONDS = 1024, 1.0
@@ -78,12 +91,13 @@ def processor(cpu: host.Cpu) -> dict[str, Any]:
 
 
 def short_name(about: Mapping[str, Any]) -> str:
-    """The processor in a few words: the product name or, where a virtual machine hides it, family and model."""
+    """The processor in a few words: the product name or, where a virtual machine hides it, what is known instead."""
     name = " ".join(re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", str(about["name"])).split())
     if about["family"] is None or re.search(r"\d", name):
         return name
     best = next((label for label, flag in BEST_INSTRUCTIONS.items() if flag in about["instructions"]), "no AVX2")
-    return f"{name} (family {about['family']}, model {about['model']}, {best})"
+    kind = (name, about["family"], about["model"])
+    return f"{name} ({GENERATIONS.get(kind, f'family {kind[1]}, model {kind[2]}')}, {best})"
 
 
 def calibration() -> dict[str, Any]:
@@ -160,8 +174,11 @@ def git(*arguments: str) -> str:
 
 
 def load(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """Load a record by name, from ``results/`` or another folder."""
+    """Load a record by name, from ``results/`` or another folder; its processor has the name that it has today."""
     record: dict[str, Any] = json.loads(((folder or RESULTS) / f"{name}.json").read_text(encoding="utf-8"))
+    about = record.get("machine", {}).get("processor", {})
+    if "name" in about:
+        record["machine"]["cpu"] = short_name(about)
     return record
 
 

@@ -44,10 +44,12 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
         "fast-decode": Section(prose.fast_decode, ("reduced-decoding",)),
         "no-pet": Section(prose.no_pet, ("found",)),
     },
+    records.ROOT / "runtime" / "petseg_runtime" / "models" / "README.md": {
+        "card": Section(prose.card, ("accuracy", "found")),
+    },
     records.ROOT / "benchmarks" / "RESULTS.md": {
         "accuracy": Section(tables.accuracy, ("embedded-test-128", "embedded-test-native", "accuracy")),
         "width64": Section(partial(tables.published_by_us, "training/width64")),
-        "published-cpu": Section(partial(tables.published_by_us, "training/published-cpu")),
         "shown": Section(tables.shown, ("shown",)),
         "engines": Section(tables.engines, ("accuracy",)),
         "others": Section(tables.others, ("accuracy",)),

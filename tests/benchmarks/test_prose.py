@@ -19,7 +19,7 @@ def write(folder: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def errors(photos: int, wrong: int) -> dict[str, Any]:
-    return {"photos": photos, "wrong": wrong, "rate": wrong / photos, "interval_95": [0, 1]}
+    return {"photos": photos, "wrong": wrong, "rate": wrong / photos, "interval_95": [0.024, 0.61]}
 
 
 def test_missed_pets_and_false_positives_match_the_record(tmp_path: Path) -> None:
@@ -32,13 +32,28 @@ def test_missed_pets_and_false_positives_match_the_record(tmp_path: Path) -> Non
     }
     write(tmp_path, "found", {"report": report})
     assert prose.no_pet().splitlines()[2:] == [
-        "| pets, 1000 test photos, 128×128 copies | 3.6 % missed |",
-        "| pets, 242 test photos at their original size | 6.6 % missed |",
-        "| 200 strips of test photos beside the pet | 6.5 % reported as a pet |",
-        "| 138 photos of places, things, people | 12 % reported as a pet |",
-        "| 51 photos of other animals | 41 % reported as a pet |",
+        "| pets, 1000 test photos, 128×128 copies | 3.6 % missed (2.4 to 61) |",
+        "| pets, 242 test photos at their original size | 6.6 % missed (2.4 to 61) |",
+        "| 200 strips of test photos beside the pet | 6.5 % reported as a pet (2.4 to 61) |",
+        "| 138 photos of places, things, people | 12 % reported as a pet (2.4 to 61) |",
+        "| 51 photos of other animals | 41 % reported as a pet (2.4 to 61) |",
     ]
-    assert "in [12 % of photos without any animal and in 41 % of photos of other animals]" in prose.cannot()
+    assert "in [12 % of 138 photos without any animal and in 41 % of 51 photos of other animals]" in prose.cannot()
+
+
+def test_the_card_gives_each_reading_at_its_own_threshold(tmp_path: Path) -> None:
+    values = {"own": 0.86, "cutout": 0.87, "ignored_border": 0.94}
+    kinds = {
+        kind: {"readings": {how: {"iou": iou, "dice": iou + 0.06} for how in ("background", "pet", "ignored")}}
+        for kind, iou in values.items()
+    }
+    write(tmp_path, "accuracy", {"rows": [{"sets": {"small": kinds}}]})
+    write(tmp_path, "found", {"report": {"photos": {"all": errors(138, 17)}, "animals": {"all": errors(51, 21)}}})
+    text = prose.card()
+    assert (
+        "on small, IoU 0.860 and Dice 0.920 with the border as background, IoU 0.870 as pet, and 0.940 ignored" in text
+    )
+    assert "in 12 % of photos without any animal, and in 41 % of photos of other animals." in text
 
 
 def clip(less: float, gained: float = 0.0, residue: float = 0.0) -> dict[str, float]:
@@ -64,10 +79,13 @@ def test_gain_and_cost_of_smoothing_match_the_record(tmp_path: Path, residue: fl
         "cut": clip(4, 0.2, residue),
         "all still": clip(3.4, 0.05),
     }
-    write(tmp_path, "flicker", {"recommended": 0.7, "report": {"0.7": kinds, "0.85": {}}})
+    report = {"0.7": kinds, "0.85": {}, "10/s, 0.7": {"all still": clip(1.9)}}
+    about = {"recommended": 0.7, "scenes_of_each_half": 14, "frames_per_second": 30}
+    write(tmp_path, "flicker", {**about, "report": report})
     text = prose.smooth()
     assert text.startswith(
-        "`--smooth 0.7` reduces flicker in still scenes 3.4 times overall: 2.7 to 7.9 times with sensor noise"
+        "On clips of a second, made from 14 test photos, `--smooth 0.7` reduces flicker in still scenes 3.4 times at "
+        "30 frames/s and 1.9 times at 10. At 30, that is 2.7 to 7.9 times with sensor noise"
     )
     assert "with H.264 2.0 times at CRF 28 and 1.0 times at CRF 38. The IoU of still scenes changes by +0.05" in text
     assert f"loses more than 0.31. In the first frame after a scene cut, probabilities {after_a_cut} (" in text

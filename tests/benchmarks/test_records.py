@@ -96,7 +96,7 @@ def test_the_processor_is_described_beyond_its_name(tmp_path: Path, monkeypatch:
         "cache": "1024 KB",
         "instructions": ["avx2", "avx512f", "avx512_vnni", "avx512_bf16"],
     }
-    assert records.short_name(found) == "AMD EPYC (family 25, model 17, AVX-512 with bf16)"
+    assert records.short_name(found) == "AMD EPYC (Zen 4, AVX-512 with bf16)"
 
 
 def test_without_linux_the_processor_has_pythons_name_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,14 @@ def test_without_linux_the_processor_has_pythons_name_for_it(tmp_path: Path, mon
 def test_a_machine_is_named_by_product_or_else_described(name: str, flags: list[str], short: str) -> None:
     about = {"name": name, "family": "6", "model": "143", "instructions": flags}
     assert records.short_name(about) == short
+
+
+def test_a_record_is_read_with_the_name_that_its_processor_has_today(tmp_path: Path) -> None:
+    about = {"name": "AMD EPYC", "family": "26", "model": "2", "instructions": ["avx2"]}
+    for name, machine in {"new": {"cpu": "family 26", "processor": about}, "old": {"cpu": "AMD EPYC"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": machine}))
+    assert records.load("new", tmp_path)["machine"]["cpu"] == "AMD EPYC (Zen 5, AVX2)"
+    assert records.load("old", tmp_path)["machine"]["cpu"] == "AMD EPYC"
 
 
 def test_the_speed_of_the_machine_is_that_of_its_best_matmul(monkeypatch: pytest.MonkeyPatch) -> None:

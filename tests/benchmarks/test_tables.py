@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.photos import NATIVE, TEST_SETS
 
 pytestmark = pytest.mark.usefixtures("results")
 
@@ -126,6 +127,7 @@ def test_the_rival_is_reported_on_all_photos_and_in_every_engine() -> None:
             "petseg_milliseconds": [9.0, 10.0, 11.0],
             "median": 9.6,
             "petseg_times_as_fast": 0.95,
+            "petseg_times_as_fast_each": [0.7, 0.8, 0.9, 0.95, 1.0, 1.1, 1.2],
         },
     ]
     kinds = {"own": readings(0.8), "cutout": readings(0.85), "ignored_border": readings(0.9)}
@@ -136,7 +138,29 @@ def test_the_rival_is_reported_on_all_photos_and_in_every_engine() -> None:
     assert "teacher: none" in text
     assert "| petseg's built-in model | small | 0.8000 (0.700 to 0.850) | 0.8500 (0.750" in text
     assert "| LR-ASPP | small | 0.7000 | 0.7000 | 0.7000 |" in text
-    assert text.endswith("onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast.")
+    assert f"onnxruntime f32: 10.00 against 9.60 ms, 0.95 times as fast (0.70 to 1.20). {tables.RATIOS}" in text
+
+
+def test_the_interval_of_a_median_has_the_ranks_of_the_binomial_distribution() -> None:
+    """For 15 values, textbooks give the 4th and the 12th (96.5 %); for 6 the first and the last (96.9 %)."""
+    assert tables.of_median(range(15, 0, -1)) == "4.00 to 12.00"
+    assert tables.of_median(range(1, 7)) == "1.00 to 6.00"
+
+
+@pytest.mark.parametrize(
+    ("alone", "seen", "said"),
+    [
+        (0.91, 0.915, "alone has 0.9100, which is short of it; `petseg infer` shows 0.9150, which is short of it."),
+        (0.91, 0.93, "alone has 0.9100, which is short of it; `petseg infer` shows 0.9300, which reaches it."),
+        (0.92, 0.93, "alone has 0.9200, which reaches it; `petseg infer` shows 0.9300, which reaches it."),
+    ],
+)
+def test_the_aim_is_compared_with_the_network_and_with_what_is_shown(alone: float, seen: float, said: str) -> None:
+    each = {
+        kind: {"ignored_border": {"readings": {"ignored": {"mean_image_iou": value}}}}
+        for kind, value in (("alone", alone), ("shown", seen))
+    }
+    assert tables.beside_the_aim({"sets": {TEST_SETS[NATIVE]: each}}).endswith(said)
 
 
 def test_networks_trained_alike_are_shown_side_by_side() -> None:

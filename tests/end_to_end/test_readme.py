@@ -91,6 +91,39 @@ def test_the_commands_run_in_order(home: Path, forks: Any, training: bool) -> No
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_runtimes_page_run(home: Path) -> None:
+    """In a shell, because one of them redirects the streams."""
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "runtime" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) > 5
+    for line in lines:
+        command = f'petseg() {{ {sys.executable} -m petseg.cli "$@"; }}\n{line}'
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=home, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    with Image.open(home / "cat.png") as cutout:
+        assert cutout.mode == "RGBA"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="petseg/weights is not in the sdist")
+def test_the_commands_for_fine_tuning_run(folder_root: Path, forks: Any, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(folder_root, tmp_path / "mine"))
+    (mine / "val.txt").write_text("own_07\nown_08\n")
+    (tmp_path / "petseg").symlink_to(ROOT / "petseg")  # the commands are typed in a checkout
+    page = (ROOT / "petseg" / "README.md").read_text(encoding="utf-8")
+    section = page.partition("## Fine-tune on your own photos\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^    (petseg .*)$", section.replace("\\\n", " "), re.MULTILINE)
+    assert [shlex.split(line)[1] for line in lines] == ["data", "train", "evaluate", "evaluate"]
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        shorter = [*ONE_EPOCH, "--batch", "4", "--size", "64x64"] if words[0] == "train" else []
+        done = forks(*words, *shorter, cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="petseg/weights is not in the sdist")
 def test_the_python_examples_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(WEIGHTS, home / "best.safetensors")
@@ -102,7 +135,9 @@ def test_the_python_examples_run(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_two_commands_of_the_readme_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^    make (\w+)$", README, re.MULTILINE):
+    targets = re.findall(r"^    make (\w+)$", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -112,6 +147,7 @@ PAGES = [
     "petseg/README.md",
     "export/README.md",
     "runtime/README.md",
+    "runtime/petseg_runtime/models/README.md",
     "benchmarks/RESULTS.md",
 ]
 

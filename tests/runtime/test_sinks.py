@@ -462,11 +462,13 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
     assert all("categories" in path.read_text() for path in tmp_path.rglob("annotations.json"))
 
 
-def test_an_earlier_runs_results_are_replaced_in_a_separate_folder(tmp_path: Path) -> None:
-    items = [Item(tmp_path / "cat.png", PurePath("cat"))]
+def test_an_earlier_runs_results_are_replaced_in_a_separate_folder(tmp_path: Path, result: Segmentation) -> None:
+    items = photos(tmp_path / "in", "cat.png")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cat.jpg").write_bytes(b"old")
-    ImageSink(tmp_path / "out", picture("overlay"), items)
+    ImageSink(tmp_path / "out", picture("overlay"), items).write(items[0], result)
+    with Image.open(tmp_path / "out" / "cat.jpg") as written:
+        assert written.size == (30, 20)
 
 
 def test_a_resumed_run_replaces_results_beside_the_photos(tmp_path: Path, result: Segmentation) -> None:
