@@ -18,7 +18,8 @@ import click
 import torch
 
 from benchmarks import photos, records
-from benchmarks.rival import NAME, EpochLines, LrAspp, RivalTrainer, measured
+from benchmarks.rival import NAME, LrAspp, RivalTrainer, measured
+from benchmarks.trainers import EpochLines
 from petseg import log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.model import AttentionUNet

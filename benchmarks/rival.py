@@ -21,21 +21,19 @@ from typing import Any, Final
 
 import click
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from benchmarks import photos, records
 from benchmarks.latency import described
 from benchmarks.thresholds import at_each, best_of_each
+from benchmarks.trainers import fitted
 from benchmarks.turns import alternated, count, timed
 from petseg import checkpoint, log, recipes
 from petseg.config import TrainConfig, from_dict
 from petseg.data import Split, find
 from petseg.evaluate import evaluate
 from petseg.model import AttentionUNet, AttentionUNetConfig
-from petseg.observers import Observer
-from petseg.record import commit
 from petseg.reference import torch_run
 from petseg.train import Trainer
 from petseg_export.deploy import DeployedUNet
@@ -73,23 +71,6 @@ class RivalTrainer(Trainer):
 
     def first_network(self, init: Path | None) -> AttentionUNet:
         return LrAspp(self.config.model)
-
-
-class EpochLines(Observer):
-    """Prints a line for each epoch."""
-
-    def started(self, message: str) -> None:
-        click.echo(message, err=True)
-
-    def epoch(self, row: log.Row) -> None:
-        click.echo(f"epoch {row.epoch}  loss {row.loss:.4f}  val IoU {row.val_iou:.4f}", err=True)
-
-
-def fitted(kind: type[Trainer], config: TrainConfig, command: str, root: Path, output: Path, **options: Any) -> Path:
-    """Run a kind of trainer on the CPU to its end; returns its best checkpoint, which names the command."""
-    origin = {"command": command, "commit": commit()}
-    device, lines = torch.device("cpu"), EpochLines()
-    return kind(config, root, output, device=device, observer=lines, provenance=origin, **options).fit()
 
 
 @click.command()

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from benchmarks import lease, photos, records
 from benchmarks.embedded.ship import trained
-from benchmarks.rival import fitted
+from benchmarks.trainers import fitted
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.data import Pair

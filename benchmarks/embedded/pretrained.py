@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.rival import fitted
+from benchmarks.trainers import fitted
 from petseg import checkpoint
 from petseg.config import TrainConfig, from_dict, load_toml
 from petseg.model import IMAGE_MEAN, IMAGE_STD, AttentionUNet, AttentionUNetConfig
