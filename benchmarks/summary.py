@@ -147,7 +147,7 @@ def in_speed() -> list[str]:
     smaller = {size_of(row) for row in peers if size_of(row) < size_of(first)}
     times, fastest = machines.with_start(columns[0])
     elsewhere = [f"{machines.with_start(column)[0]:.2f}" for column in columns[1:] if "peers" in column]
-    others = f" (on the other machines below {', '.join(elsewhere)})" if elsewhere else ""
+    others = f", and {', '.join(elsewhere)} times on the other machines below" if elsewhere else ""
     lines = [
         f"- **Speed in a folder of small photos**: once running, `petseg infer` makes masks "
         f"{faster(nearest, 'once_running'):.2f} times as fast as the nearest of {len(peers)} plain loops over other "

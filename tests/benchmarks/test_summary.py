@@ -117,7 +117,7 @@ def test_other_machines_have_their_say_on_speed(tmp_path: Path) -> None:
         (tmp_path / "machines" / name).mkdir(parents=True)
         write(tmp_path / "machines" / name, peers={"photos": 100, "rows": rows}, accuracy={"rival_times": times})
     *_, folders, alone, _, _ = summary.ahead().splitlines()
-    assert "the fastest loop (quick) (on the other machines below 2.00, 1.47)." in folders
+    assert "the fastest loop (quick), and 2.00, 1.47 times on the other machines below." in folders
     assert alone.endswith(
         "on 3 machines: 0.96 to 1.20 in onnxruntime f32, 1.30 to 1.30 in openvino f32 (on 2 of them)."
     )
