@@ -269,10 +269,18 @@ class Trainer:
                             patience = self.config.early_stop
                             self.observer.started(f"stopped: no better validation IoU for {patience} epochs")
             finally:
-                # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
-                self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
+                self._end_workers()
             after_an_error.pop_all()
         return self.output / BEST
+
+    def _end_workers(self) -> None:
+        """End the dataloader workers, which ignore SIGTERM: Python would wait for them at exit.
+
+        They end with their iterator, but an error that came from a worker refers to it until it is garbage-collected.
+        """
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
 
     def unlock(self) -> None:
         """Let other runs use the folder."""

@@ -33,6 +33,7 @@ from petseg.log import LOG, Row
 from petseg.metrics import Border, best_threshold
 from petseg.model import normalize
 from petseg.reference import torch_run
+from petseg.run_photos import _leave_signals_to_the_parent
 from petseg.run_state import BEST, LAST
 from petseg.schedule import learning_rate
 from petseg.train import Trainer
@@ -164,6 +165,25 @@ def test_workers_without_shared_memory_are_an_error(
     monkeypatch.setattr(multiprocessing, "Lock", lock)
     with pytest.raises(EngineError, match=r"need shared memory \(No such file.*--set data.workers=0\)"):
         trainer.fit()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_whose_shared_memory_is_full_are_an_error_and_end(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit for the size of files, in the worker only, does what a full /dev/shm does: PyTorch raises its error."""
+
+    def limit(worker: int) -> None:
+        _leave_signals_to_the_parent(worker)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    before = multiprocessing.active_children()
+    monkeypatch.setattr("petseg.run_photos._leave_signals_to_the_parent", limit)
+    trainer = Trainer(tiny("data.workers=1"), oxford_root, tmp_path, device=CPU)
+    with pytest.raises(EngineError, match=r"^dataloader workers ran out of shared memory \(.*File too large") as told:
+        trainer.fit()
+    assert "\n" not in str(told.value)
+    assert multiprocessing.active_children() == before, "Python would wait for them at exit, while the error is kept"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
