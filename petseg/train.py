@@ -36,7 +36,7 @@ from petseg.model import AttentionUNet, normalize
 from petseg.objective import Distillation, Objective
 from petseg.observers import Observer
 from petseg.reference import torch_run
-from petseg.run_photos import RunPhotos, loader
+from petseg.run_photos import RunPhotos, loader, no_room_for_workers
 from petseg.run_state import (
     BEST,
     RunState,
@@ -640,6 +640,8 @@ class Trainer:
         say(f"{counted(len(self.photos.train), 'photo')} to train on, {len(self.photos.val)} for validation{listed}")
         if workers := self.loader.num_workers:
             say(f"{workers} dataloader workers augment them")
+        if lack := no_room_for_workers(self.photos.train, self.config, self.device, self.ranks):
+            say(f"warning: {lack}")
         if skipped := self.photos.train.skipped_empty:
             say(f"excluded, because their masks show no pet: {', '.join(skipped)}")
         if tiny := self.photos.train.skipped_tiny:

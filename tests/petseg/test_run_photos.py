@@ -13,10 +13,11 @@ from PIL import Image
 
 from petseg.checkpoint import load
 from petseg.data import Split, find
+from petseg.distributed import Ranks
 from petseg.evaluate import is_split_of
 from petseg.log import LOG
 from petseg.metrics import BACKGROUND, PET
-from petseg.run_photos import FEW, workers_of
+from petseg.run_photos import FEW, no_room_for_workers, workers_of
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg_runtime.errors import DataError, TrainingError
@@ -74,14 +75,49 @@ def test_how_many_workers_there_are(
     assert workers_of(setting, torch.device(device), 2**20, processes) == workers
 
 
-@pytest.mark.parametrize(("free", "workers"), [(64, 16), (63, 15), (4, 1), (3, 0)])
+@pytest.mark.parametrize(("free", "workers"), [(48, 16), (47, 15), (3, 1), (2, 0)])
 def test_workers_have_room_for_their_batches(monkeypatch: pytest.MonkeyPatch, free: int, workers: int) -> None:
-    """A container's /dev/shm has 64 MB: a worker that finds no room there dies of a bus error."""
+    """A container's /dev/shm has 64 MB: a worker that finds no room there fails."""
     monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: 64)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free * 2**20))
     assert workers_of("auto", torch.device("cuda"), 2**20) == workers
     assert workers_of("auto", torch.device("cuda"), 2**20, 2) == workers // 2
     assert workers_of(5, torch.device("cuda"), 2**20) == 5
+
+
+@pytest.mark.parametrize(
+    ("taught", "workers", "device", "said"),
+    [
+        # A batch of 4 photos at 1024x1024, times 3: 48 MiB, and 60 MiB with a teacher's probabilities.
+        (False, "auto", "cuda", "room for 2 dataloader workers in /dev/shm (105 MB); docker run --shm-size=2g makes"),
+        (True, "auto", "cuda", "room for 1 dataloader worker in /dev/shm (105 MB); docker run --shm-size=2g makes"),
+        (False, "1", "cuda", None),
+        (False, "auto", "cpu", None),
+    ],
+)
+def test_workers_without_room_are_missed_only_where_they_would_be_started(
+    monkeypatch: pytest.MonkeyPatch, taught: bool, workers: str, device: str, said: str | None
+) -> None:
+    monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: 8)
+    photos: Any = SimpleNamespace(taught=taught)
+    config = tiny("data.height=1024", "data.width=1024", f"data.workers={workers}")
+    for free, missed in ((100, said), (1000, None)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free * 2**20))
+        found = no_room_for_workers(photos, config, torch.device(device), Ranks())
+        assert found == (f"{missed} room for 6" if missed else None)
+
+
+def test_missing_room_for_workers_is_announced(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, asked = Recorder(), []
+    monkeypatch.setattr("petseg.train.no_room_for_workers", lambda photos, *_: asked.append(photos.taught) or "no room")
+    for teacher in (None, whole.folder / BEST):
+        folder = tmp_path / ("taught" if teacher else "alone")
+        trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer, teacher=teacher)
+        assert "no room" not in trainer.warnings, "it says nothing about the figures of the run"
+    assert observer.messages.count("warning: no room") == 2
+    assert asked == [False, True]
 
 
 def test_data_that_cannot_be_used_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
