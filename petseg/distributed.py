@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from petseg.device import pick_device
 from petseg_runtime.errors import EngineError, TrainingError
+from petseg_runtime.text import counted
 
 __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
 
@@ -117,10 +118,20 @@ def local_device(name: str) -> torch.device:
     if device.type == "cpu" or _world() == 1:
         return device
     if device.index is None:  # the index is needed below, also on a machine with one process only
-        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return _own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if _here() > 1:
         raise EngineError(f"--device {name} is one GPU, but there are several processes; use --device cuda")
     return device
+
+
+def _own_gpu(number: int) -> torch.device:
+    """Returns the GPU of this number; raises EngineError if there are fewer."""
+    if number >= (gpus := torch.cuda.device_count()):
+        raise EngineError(
+            f"there are {_here()} processes on this machine, but PyTorch sees {counted(gpus, 'CUDA GPU')}; use "
+            f"torchrun --nproc-per-node {gpus}, or --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def _world() -> int:

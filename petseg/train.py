@@ -633,7 +633,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         say, shape = self.observer.started, self.config.model
         name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
-        say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
+        where = f"{self.meta['precision']} on {self.meta['device']}"
+        say(f"{name}, width {shape.width}, {parameters:,} parameters, {where}")
         if self.ranks.size > 1:
             say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of each batch per process")
         listed = f", listed in {VAL_LISTING}; data.val_fraction is ignored" if "val_names" in self.meta["data"] else ""

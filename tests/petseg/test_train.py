@@ -133,7 +133,7 @@ def test_the_log_has_a_line_for_each_epoch(whole: Run) -> None:
 def test_the_beginning_is_announced(whole: Run) -> None:
     said = "\n".join(whole.observer.messages)
     parameters = sum(p.numel() for p in whole.trainer.model.parameters())
-    assert f"width 4, {parameters:,} parameters, float32" in said
+    assert f"width 4, {parameters:,} parameters, float32 on cpu\n" in said
     assert "22 photos to train on, 2 for validation" in said
 
 
