@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -82,6 +82,7 @@ class RunPhotos:
         teacher: Path | None,
         observer: Observer,
         ranks: Ranks,
+        without: Collection[str] = (),
     ) -> None:
         """Decode the training photos, and check that the validation photos can be used.
 
@@ -93,6 +94,8 @@ class RunPhotos:
             teacher: A checkpoint or exported file; with ``loss.features`` a checkpoint, which is not run here.
             observer: Receives messages about what is read and excluded.
             ranks: Rank and world size; each rank reads all photos.
+            without: Names of photos to exclude unread, because the run to resume had excluded them: it would be another
+                run with those that can be used again.
 
         Raises:
             DataError: The data cannot be used.
@@ -111,6 +114,8 @@ class RunPhotos:
             find(root, split, val_fraction=config.data.val_fraction, seed=config.data.split_seed)
             for split in (Split.TRAIN, Split.VAL)
         )
+        self._exclude_again(without, {pair.name for pair in (*found, *self.val)})
+        found = [pair for pair in found if pair.name not in self.bad]
         self.train = self._read(found, config, output, device, teacher)
         kept = {*self.train.names}
         # Those of the initial weights are added later, by start_from.
@@ -213,7 +218,7 @@ class RunPhotos:
     def _check_val(self) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; warns if there are few."""
         with_pet = []
-        for pair, _, trimap in usable(self.val, self.failed, self._ranks.here):
+        for pair, _, trimap in usable(self.good_val, self.failed, self._ranks.here):
             with_pet.append((trimap == PET).any())
             self._val_masks[pair.name] = mask_digest(trimap)
         if not any(with_pet):
@@ -243,6 +248,13 @@ class RunPhotos:
     def _exclude(self, pair: Pair, error: DataError) -> None:
         self.bad.append(pair.name)
         self._observer.excluded(f"excluded: {error}")
+
+    def _exclude_again(self, before: Collection[str], there: Set[str]) -> None:
+        """Exclude the photos that are there of those that the run to resume had excluded before."""
+        for name in before:
+            if name in there:
+                self.bad.append(name)
+                self._observer.excluded(f"excluded, as before the run was resumed: {name}")
 
     def _storage_for(self, photos: int, output: Path, taught: bool) -> Path | None:
         """Returns the folder for the decoded photos, if all ranks here together need more than half of free memory."""

@@ -162,7 +162,14 @@ class Trainer:
         if resume:
             self.last.check_settings(config, taught=teacher is not None)
         self.photos = RunPhotos(
-            config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
+            config,
+            root,
+            output,
+            device=device,
+            teacher=teacher,
+            observer=self.observer,
+            ranks=self.ranks,
+            without=self.last.excluded() if resume else (),
         )
         train = self.photos.train
         self.sampler = EpochSampler(len(train), config.batch, config.seed, self.ranks.rank, self.ranks.size)

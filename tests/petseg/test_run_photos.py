@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from petseg.run_photos import FEW, no_room_for_workers, workers_of
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
 from petseg_runtime.errors import DataError, TrainingError
-from tiny_runs import CPU, Recorder, Run, assert_same_run, spoil_photo, tiny
+from tiny_runs import CPU, Recorder, Run, assert_same_run, at, same_tensors, spoil_photo, tiny
 
 
 def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_path: Path) -> None:
@@ -150,6 +151,43 @@ def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, 
     Trainer(config, oxford_copy, tmp_path / "out", device=CPU, resume=True).fit()
 
 
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_photo_that_was_excluded_stays_so_on_resume_even_if_it_can_be_read_again(
+    oxford_copy: Path, tmp_path: Path, on_bad: str
+) -> None:
+    pairs = [find(oxford_copy, split, val_fraction=0.1)[0] for split in (Split.TRAIN, Split.VAL)]
+    good, out, whole = [pair.image.read_bytes() for pair in pairs], tmp_path / "out", tmp_path / "whole"
+    for split in (Split.TRAIN, Split.VAL):
+        spoil_photo(oxford_copy, split, 0)
+    config = tiny("data.on_bad=skip", "model.width=2")
+    Trainer(config, oxford_copy, whole, device=CPU).fit()
+    observer = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, oxford_copy, out, device=CPU, observer=observer).fit()
+    for pair, content in zip(pairs, good, strict=True):
+        pair.image.write_bytes(content)
+    observer = Recorder()
+    config = tiny(f"data.on_bad={on_bad}", "model.width=2")
+    trainer = Trainer(config, oxford_copy, out, device=CPU, observer=observer, resume=True)
+    names = {pair.name for pair in pairs}
+    assert {f"excluded, as before the run was resumed: {name}" for name in names} <= {*observer.messages}
+    trainer.fit()
+    assert same_tensors(load(out / LAST).tensors, load(whole / LAST).tensors)
+    for file in (BEST, LAST):
+        assert sorted(load(out / file).meta["data"]["skipped_bad"]) == sorted(names)
+
+
+def test_a_photo_that_was_excluded_may_be_gone_on_resume(folder_copy: Path, tmp_path: Path) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    bad = find(folder_copy, Split.TRAIN)[0]
+    bad.image.write_bytes(b"no photo")
+    config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
+    Trainer(config, folder_copy, tmp_path / "out", device=CPU).fit()
+    bad.image.unlink()
+    bad.mask.unlink()
+    assert Trainer(config, folder_copy, tmp_path / "out", device=CPU, resume=True).photos.bad == []
+
+
 def test_photos_too_many_for_the_memory_are_kept_in_a_file(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +234,8 @@ def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path
     (folder_copy / "val.txt").write_text("own_07\nown_08\n")
     with pytest.raises(TrainingError, match=r"trained on 1 of the 2 photos.* list in val\.txt the photos that it was"):
         Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
-    with pytest.raises(TrainingError, match="trained on other photos than these"):
+    moved = r"trained on other photos than these \(moved between training and validation: own_01, own_08\)$"
+    with pytest.raises(TrainingError, match=moved):
         Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True)
     (folder_copy / "val.txt").unlink()
     with pytest.raises(TrainingError, match=r"list in val\.txt"):
