@@ -4,6 +4,9 @@ Each rank computes on its own device with its own part of every batch, so that N
 process, up to rounding: BatchNorm statistics and the sums of the Dice loss are all-reduced over the whole batch, and
 DistributedDataParallel averages the gradients. Each rank holds all photos and runs the teacher itself.
 
+With several GPUs, steps are not issued ahead of the device as with one: in every layer, nn.SyncBatchNorm makes the CPU
+wait for the counts of all ranks, because the shape of a tensor depends on their values.
+
 Built and tested with gloo on the CPU and two processes; we have never run it on several GPUs.
 """
 

@@ -93,8 +93,9 @@ class Trainer:
     """One training run: construct it, then call :meth:`fit`.
 
     Attributes:
-        late: Whether a step's loss is read only after the next step was issued, so that a GPU always has work. A CPU
-            executes a step as it is issued. All losses are read before anything is saved or validated, and at the end.
+        late: Whether a step's loss is read only after the next step was issued, so that a GPU always has work (with one
+            GPU; with several, nn.SyncBatchNorm waits in every layer). A CPU executes a step as it is issued. All losses
+            are read before anything is saved or validated, and at the end.
         stopped_by: The signal that stopped the run, if one did.
         photos: The photos of the run, and which were excluded.
         state: The progress of the run.
@@ -386,7 +387,7 @@ class Trainer:
             asked = time.perf_counter()
 
     def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> Step:
-        """Issue one step to the device, without waiting for it to execute."""
+        """Issue one step to the device, without waiting for it to execute (with several GPUs, see ``late``)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
