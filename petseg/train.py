@@ -52,7 +52,7 @@ from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
 from petseg_runtime.artifact import open_artifact
-from petseg_runtime.errors import CheckpointError, NonFiniteLoss
+from petseg_runtime.errors import CheckpointError, NonFiniteLoss, UsageError
 from petseg_runtime.signals import EXITS, handled, held
 from petseg_runtime.text import counted
 
@@ -157,11 +157,11 @@ class Trainer:
             self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
         if self.ranks.first:
             remove_unfinished(output)
-        self.dtype = pick_precision(config.amp, device)
         self.last = StateFile(output)
         inside = self._check_models(None if resume else init, teacher)
         if resume:
             self.last.check_settings(config, taught=teacher is not None)
+        self.dtype = self._precision(resume)
         self.photos = RunPhotos(
             config,
             root,
@@ -199,6 +199,23 @@ class Trainer:
         if resume:
             self._resume()
         self.forward = self._callable()
+
+    def _precision(self, resume: bool) -> torch.dtype:
+        """Returns the precision of the run.
+
+        Raises:
+            UsageError: The device does not support it.
+        """
+        try:
+            return pick_precision(self.config.amp, self.device)
+        except UsageError as error:
+            if not resume:
+                raise
+            reason, last = str(error).partition(";")[0], self.last.path
+            raise UsageError(
+                f"{reason}; a resumed run keeps its amp: resume on a device that supports it, or start a new run in "
+                f"another --output, with another amp and --init {last}"
+            ) from error
 
     def _check_models(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
         """Check the given models before minutes of reading photos; returns the teacher of features, or None.

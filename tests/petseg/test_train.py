@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petseg import checkpoint
-from petseg.checkpoint import load, load_model
+from petseg.checkpoint import load, load_model, save_checkpoint
 from petseg.config import to_dict
 from petseg.data import Split, find
 from petseg.distributed import Ranks
@@ -722,6 +722,23 @@ def test_a_mistake_in_the_arguments_is_reported_before_photos_are_read(
 def test_fp16_on_a_cpu_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fp16 on a CPU"):
         Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU)
+
+
+def test_a_resumed_run_whose_precision_is_not_supported_is_not_told_to_change_it(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    """It would then be rejected for its other settings."""
+    last = whole.last
+    config = {**last.meta["config"], "amp": "fp16"}  # of a run on a GPU
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": config})
+    said = rf"^amp is fp16 on a CPU.*; a resumed run keeps its amp: resume on .* --init {tmp_path / LAST}$"
+    with pytest.raises(UsageError, match=said) as caught:
+        Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU, resume=True)
+    assert "use bf16" not in str(caught.value)
+    with pytest.raises(TrainingError, match="other settings: amp was 'fp16', now 'fp32'"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    with pytest.raises(TrainingError, match="other settings: amp was 'fp32', now 'fp16'"):
+        Trainer(tiny("amp=fp16"), oxford_root, whole.folder, device=CPU, resume=True)
 
 
 def test_bf16_trains_with_weights_in_float32(oxford_root: Path, tmp_path: Path) -> None:
