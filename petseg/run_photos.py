@@ -207,7 +207,8 @@ class RunPhotos:
         self._check_val()  # now rather than after the first epoch
         if teacher and not once:
             self._note_teacher(*_identify(teacher))
-        remedy = "train without --teacher, or with a smaller one"
+        alone = "use a smaller --size, or a machine with more memory"
+        remedy = "train without --teacher, or with a smaller one" if once else alone
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.model.provenance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from petseg.metrics import BACKGROUND, PET
 from petseg.run_photos import FEW, no_room_for_workers, workers_of
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
-from petseg_runtime.errors import DataError, TrainingError
+from petseg_runtime.errors import DataError, EngineError, TrainingError
 from tiny_runs import CPU, Recorder, Run, assert_same_run, at, same_tensors, spoil_photo, tiny
 
 
@@ -201,6 +201,21 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
         assert isinstance(trainer.photos.train._photos.base, np.memmap) is (place != "memory")
         assert_same_run(folder, whole)
         assert {path.name for path in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+def test_only_a_run_with_a_teacher_is_told_to_do_without_it(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr("petseg.run_photos.TrainSet", full)
+    for teacher, remedy in (
+        (None, "use a smaller --size, or a machine with more memory"),
+        (whole.folder / BEST, "train without --teacher, or with a smaller one"),
+    ):
+        with pytest.raises(EngineError, match=rf"^out of memory: {remedy} \(MemoryError\)$"):
+            Trainer(tiny(), oxford_root, tmp_path, device=CPU, teacher=teacher)
 
 
 def test_no_validation_photo_that_can_be_used_is_rejected(oxford_copy: Path, tmp_path: Path) -> None:
