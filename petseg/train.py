@@ -179,14 +179,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         if init and resume:
             self.observer.started(f"{init} is not read, because the resumed run has its own weights")
-        with enough_memory("use a network of a smaller --width"):
+        room = "free some memory on the device, or use a network of a smaller --width"
+        with enough_memory(room):
             network = self.first_network(None if resume else init)
             self.model = network.to(device).to(memory_format=torch.channels_last)
             self.ema = MovingAverage(self.model, config.ema)
             synchronized(self.model, self.ranks, device)
         with enough_memory("train without --teacher, or with a smaller one"):
             self.objective = self._objective(inside)
-        with enough_memory("use a network of a smaller --width"):
+        with enough_memory(room):
             modules = (self.model, self.objective.hints)
             self._weights = [weight for each in modules for weight in each.parameters() if weight.requires_grad]
             self.optimizer = _optimizer(self._weights, config)

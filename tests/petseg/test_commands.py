@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command_line import contents, failed
@@ -823,6 +824,22 @@ def test_what_is_no_model_is_exit_code_4(
     code, message = failed(["evaluate", str(trained.folder / name), "--data", str(oxford_root)], capsys)
     assert code == 4
     assert name in message
+
+
+def test_a_device_without_memory_for_the_model_or_the_picture_is_one_line(
+    trained: Run, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_root), "--output", str(tmp_path)]
+    for place in ("petseg.plots.worst", "petseg.evaluate.evaluate", "petseg.model.AttentionUNet.to"):
+        monkeypatch.setattr(place, full)
+        code, message = failed(args, capsys)
+        remedy = "use a smaller --batch" if place == "petseg.evaluate.evaluate" else "free some memory on the device"
+        assert code == 5
+        assert message.startswith(f"petseg: out of memory: {remedy}")
+        assert message.count("\n") <= 1
 
 
 # ------------------------------------------------------------------------------------------------ data check

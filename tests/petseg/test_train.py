@@ -1014,7 +1014,7 @@ def test_a_network_too_wide_for_the_memory_is_reported_with_a_remedy(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
     monkeypatch.setattr("petseg.train.first_weights", fails)
-    with pytest.raises(EngineError, match="out of memory: use a network of a smaller --width"):
+    with pytest.raises(EngineError, match="out of memory: free some memory on the device, or use a network of a sm"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
 
 
