@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from petseg.device import pick_device
-from petseg_runtime.errors import EngineError, TrainingError
+from petseg_runtime.errors import EngineError, FirstRankFailed, TrainingError
 from petseg_runtime.text import counted
 
 __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
@@ -75,7 +75,8 @@ class Ranks:
         """Run ``action`` on rank 0 while the others wait; returns its result on all ranks.
 
         Raises:
-            TrainingError: It failed on rank 0. (There, its own error is raised.)
+            FirstRankFailed: It failed on rank 0. (There, its own error is raised.)
+            TrainingError: Another rank ended, or did not answer in time.
         """
         if self.size == 1:
             return action()
@@ -85,7 +86,7 @@ class Ranks:
                 dist.broadcast(answer, 0)
             done, value = answer.tolist()
             if not done:
-                raise TrainingError("rank 0 of this run failed; see its message")
+                raise FirstRankFailed("rank 0 of this run failed; see its message")
             return float(value)
         try:
             answer[1] = action()

@@ -318,7 +318,7 @@ def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(e
 def test_an_error_of_the_first_process_ends_the_other(ends: Path) -> None:
     first, second = end_of(ends, "full")
     assert first["end"] == "OutputError: the disk is full"
-    assert second["end"] == "TrainingError: rank 0 of this run failed; see its message"
+    assert second["end"] == "FirstRankFailed: rank 0 of this run failed; see its message"
 
 
 def test_both_stop_early_together(ends: Path) -> None:
