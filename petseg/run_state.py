@@ -262,7 +262,8 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Pa
             f"{folder}: the masks of {counted(len(changed), 'photo')} have changed since the run to resume began "
             f"({_named(changed)}); restore them, or start a new run in another --output, with --init {folder / LAST}"
         )
-    if saved.get("teacher") != meta.get("teacher"):
+    identities = [each.get("teacher", {}).get("identity") for each in (saved, meta)]  # its file may have been renamed
+    if identities[0] != identities[1]:
         was, now = (each.get("teacher", "none") for each in (saved, meta))
         raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
 

@@ -397,6 +397,19 @@ def test_another_teacher_is_rejected_on_resume(oxford_root: Path, tmp_path: Path
         Trainer(tiny(), oxford_root, whole.folder, device=CPU, teacher=whole.folder / BEST, resume=True)
 
 
+def test_a_teacher_that_was_renamed_is_the_same_one(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    given, renamed, out = whole.folder / BEST, tmp_path / "teacher.safetensors", tmp_path / "run"
+    Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=given).fit()
+    shutil.copy(given, renamed)
+    Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=renamed, resume=True)
+    best = load(given)
+    save_checkpoint(renamed, best.tensors, {**best.meta, "epoch": 9})
+    with pytest.raises(
+        TrainingError, match=r"the teacher of the run to resume was .*best\.safetensors.*, now .*teacher"
+    ):
+        Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=renamed, resume=True)
+
+
 @pytest.mark.parametrize(
     ("patience", "ious", "stalled"),
     [
