@@ -224,7 +224,7 @@ def report(problem: str) -> None:
 
 def of_limits(error: BaseException) -> str | None:
     """Which limit of this process was reached, and the remedy, if that is the error. None: it is not."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "not enough memory"
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files: raise the limit (ulimit -n)"

@@ -23,6 +23,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise EngineError(f"--device {name!r} is not a device; auto, cpu, cuda or cuda:N is expected") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        if torch.version.cuda is None and torch.version.hip is None:
+            raise EngineError(
+                f"--device {name}: this PyTorch ({torch.__version__}) is built for the CPU alone; install a build for "
+                "CUDA, or use the CPU with --device cpu"
+            )
         raise EngineError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; check the driver with "
             "nvidia-smi, or use the CPU with --device cpu"

@@ -4,6 +4,9 @@ Each rank computes on its own device with its own part of every batch, so that N
 process, up to rounding: BatchNorm statistics and the sums of the Dice loss are all-reduced over the whole batch, and
 DistributedDataParallel averages the gradients. Each rank holds all photos and runs the teacher itself.
 
+With several GPUs, steps are not issued ahead of the device as with one: in every layer, nn.SyncBatchNorm makes the CPU
+wait for the counts of all ranks, because the shape of a tensor depends on their values.
+
 Built and tested with gloo on the CPU and two processes; we have never run it on several GPUs.
 """
 
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from petseg.device import pick_device
-from petseg_runtime.errors import EngineError, TrainingError
+from petseg_runtime.errors import EngineError, FirstRankFailed, TrainingError
+from petseg_runtime.text import counted
 
 __all__ = ["Ranks", "SyncedBatchNorm", "join", "local_device", "synchronized"]
 
@@ -71,7 +75,8 @@ class Ranks:
         """Run ``action`` on rank 0 while the others wait; returns its result on all ranks.
 
         Raises:
-            TrainingError: It failed on rank 0. (There, its own error is raised.)
+            FirstRankFailed: It failed on rank 0. (There, its own error is raised.)
+            TrainingError: Another rank ended, or did not answer in time.
         """
         if self.size == 1:
             return action()
@@ -81,7 +86,7 @@ class Ranks:
                 dist.broadcast(answer, 0)
             done, value = answer.tolist()
             if not done:
-                raise TrainingError("rank 0 of this run failed; see its message")
+                raise FirstRankFailed("rank 0 of this run failed; see its message")
             return float(value)
         try:
             answer[1] = action()
@@ -117,10 +122,20 @@ def local_device(name: str) -> torch.device:
     if device.type == "cpu" or _world() == 1:
         return device
     if device.index is None:  # the index is needed below, also on a machine with one process only
-        return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return _own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if _here() > 1:
         raise EngineError(f"--device {name} is one GPU, but there are several processes; use --device cuda")
     return device
+
+
+def _own_gpu(number: int) -> torch.device:
+    """Returns the GPU of this number; raises EngineError if there are fewer."""
+    if number >= (gpus := torch.cuda.device_count()):
+        raise EngineError(
+            f"there are {_here()} processes on this machine, but PyTorch sees {counted(gpus, 'CUDA GPU')}; use "
+            f"torchrun --nproc-per-node {gpus}, or --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 def _world() -> int:

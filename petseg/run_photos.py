@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -43,7 +43,7 @@ from petseg_runtime.host import available_memory, usable_cpus
 from petseg_runtime.signals import EXITS
 from petseg_runtime.text import counted
 
-__all__ = ["FEW", "RunPhotos", "loader", "workers_of"]
+__all__ = ["FEW", "RunPhotos", "loader", "no_room_for_workers", "workers_of"]
 
 #: With fewer validation photos than this, a warning is given. With the built-in model and 242 photos, from which a few
 #: were drawn 400 times, the threshold that is best on the few cost on average 0.8 points of IoU on the others for 5
@@ -53,8 +53,8 @@ FEW: Final = 20
 
 #: Where dataloader workers put their batches; containers have 64 MB there by default.
 SHARED: Final = Path("/dev/shm")  # noqa: S108
-#: Batches of one worker there: two prefetched, one being made, one being read.
-SHARED_BATCHES: Final = 4
+#: Batches of one worker there: PyTorch asks each for two at a time, and one may be in use.
+SHARED_BATCHES: Final = 3
 
 #: The most workers that ``data.workers = "auto"`` starts.
 MAX_WORKERS: Final = 16
@@ -82,6 +82,7 @@ class RunPhotos:
         teacher: Path | None,
         observer: Observer,
         ranks: Ranks,
+        without: Collection[str] = (),
     ) -> None:
         """Decode the training photos, and check that the validation photos can be used.
 
@@ -93,6 +94,8 @@ class RunPhotos:
             teacher: A checkpoint or exported file; with ``loss.features`` a checkpoint, which is not run here.
             observer: Receives messages about what is read and excluded.
             ranks: Rank and world size; each rank reads all photos.
+            without: Names of photos to exclude unread, because the run to resume had excluded them: it would be another
+                run with those that can be used again.
 
         Raises:
             DataError: The data cannot be used.
@@ -111,6 +114,8 @@ class RunPhotos:
             find(root, split, val_fraction=config.data.val_fraction, seed=config.data.split_seed)
             for split in (Split.TRAIN, Split.VAL)
         )
+        self._exclude_again(without, {pair.name for pair in (*found, *self.val)})
+        found = [pair for pair in found if pair.name not in self.bad]
         self.train = self._read(found, config, output, device, teacher)
         kept = {*self.train.names}
         # Those of the initial weights are added later, by start_from.
@@ -202,7 +207,8 @@ class RunPhotos:
         self._check_val()  # now rather than after the first epoch
         if teacher and not once:
             self._note_teacher(*_identify(teacher))
-        remedy = "train without --teacher, or with a smaller one"
+        alone = "use a smaller --size, or a machine with more memory"
+        remedy = "train without --teacher, or with a smaller one" if once else alone
         with enough_memory(remedy), open_teacher(once, d.height, d.width, device) as taught:
             if taught:
                 self._note_teacher(taught.about, taught.model.provenance)
@@ -213,7 +219,7 @@ class RunPhotos:
     def _check_val(self) -> None:
         """Raises DataError if no validation photo can be used, or none shows a pet; warns if there are few."""
         with_pet = []
-        for pair, _, trimap in usable(self.val, self.failed, self._ranks.here):
+        for pair, _, trimap in usable(self.good_val, self.failed, self._ranks.here):
             with_pet.append((trimap == PET).any())
             self._val_masks[pair.name] = mask_digest(trimap)
         if not any(with_pet):
@@ -243,6 +249,13 @@ class RunPhotos:
     def _exclude(self, pair: Pair, error: DataError) -> None:
         self.bad.append(pair.name)
         self._observer.excluded(f"excluded: {error}")
+
+    def _exclude_again(self, before: Collection[str], there: Set[str]) -> None:
+        """Exclude the photos that are there of those that the run to resume had excluded before."""
+        for name in before:
+            if name in there:
+                self.bad.append(name)
+                self._observer.excluded(f"excluded, as before the run was resumed: {name}")
 
     def _storage_for(self, photos: int, output: Path, taught: bool) -> Path | None:
         """Returns the folder for the decoded photos, if all ranks here together need more than half of free memory."""
@@ -289,9 +302,7 @@ def loader(
         Yields this rank's part of each batch, ``own`` photos: images, uint8 [own, H, W, 3]; labels, as
         :class:`TrainSet` returns them; and the indices of the photos' names.
     """
-    d, own = config.data, config.batch // ranks.size
-    batch = decoded_size(own, d.height, d.width, taught=True)  # an upper bound
-    workers = workers_of(d.workers, device, batch, ranks.here)
+    workers = workers_of(config.data.workers, device, _batch_bytes(photos, config, ranks), ranks.here)
     return DataLoader(
         photos,
         batch_sampler=sampler,
@@ -317,8 +328,43 @@ def workers_of(setting: int | Literal["auto"], device: torch.device, batch: int,
         return setting
     if device.type != "cuda":
         return 0
-    fit = shutil.disk_usage(SHARED).free // (SHARED_BATCHES * batch) if SHARED.is_dir() else MAX_WORKERS
-    return max(0, min(usable_cpus() // processes - 2, fit // processes, MAX_WORKERS))
+    return min(_by_cores(processes), _by_room(batch, processes))
+
+
+def no_room_for_workers(photos: TrainSet, config: TrainConfig, device: torch.device, ranks: Ranks) -> str | None:
+    """Says for how many workers /dev/shm has room, if that is fewer than ``data.workers=auto`` would start; else None.
+
+    Args:
+        photos: The training photos.
+        config: The settings of the run.
+        device: The device to train on.
+        ranks: Rank and world size.
+    """
+    batch, wanted = _batch_bytes(photos, config, ranks), _by_cores(ranks.here)
+    if config.data.workers != "auto" or device.type != "cuda" or (fit := _by_room(batch, ranks.here)) >= wanted:
+        return None
+    free = shutil.disk_usage(SHARED).free / 1e6
+    # A gigabyte more than the batches take: others, such as NCCL, put their data there, too.
+    enough = 1 + math.ceil(wanted * ranks.here * SHARED_BATCHES * batch / 2**30)
+    return (
+        f"room for {counted(fit, 'dataloader worker')} in {SHARED} ({free:.0f} MB); docker run --shm-size={enough}g "
+        f"makes room for {wanted}"
+    )
+
+
+def _batch_bytes(photos: TrainSet, config: TrainConfig, ranks: Ranks) -> int:
+    """Returns the bytes of a rank's part of a batch."""
+    return decoded_size(config.batch // ranks.size, config.data.height, config.data.width, photos.taught)
+
+
+def _by_cores(processes: int) -> int:
+    """Returns the number of workers for each of some ranks that share the cores."""
+    return max(0, min(usable_cpus() // processes - 2, MAX_WORKERS))
+
+
+def _by_room(batch: int, processes: int) -> int:
+    """Returns the number of workers of each rank whose batches have room."""
+    return shutil.disk_usage(SHARED).free // (SHARED_BATCHES * batch * processes) if SHARED.is_dir() else MAX_WORKERS
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -165,6 +165,15 @@ class StateFile:
             self._check_is_state(meta)
             check_same_settings(meta, config, taught, self.path.parent)
 
+    def excluded(self) -> list[str]:
+        """Returns the names of the photos that the run had excluded because they could not be used.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is damaged.
+        """
+        with self._damage():
+            return [*checkpoint.peek(self.path)["data"]["skipped_bad"]]
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[checkpoint.Checkpoint]:
         """Yields the saved state; errors in the caller's use of it are raised as damage to the file.
@@ -246,19 +255,33 @@ def check_same_run(saved: Mapping[str, Any], meta: Mapping[str, Any], folder: Pa
         KeyError, TypeError, AttributeError: The metadata is damaged.
     """
     if saved["data"]["names_sha256"] != meta["data"]["names_sha256"]:
-        raise TrainingError(f"{folder}: the run to resume was trained on other photos than these")
+        names = _other_photos(saved["masks"], meta["masks"])
+        raise TrainingError(f"{folder}: the run to resume was trained on other photos than these{names}")
     if changed := _changed(saved["masks"], meta["masks"]):
         raise TrainingError(
             f"{folder}: the masks of {counted(len(changed), 'photo')} have changed since the run to resume began "
             f"({_named(changed)}); restore them, or start a new run in another --output, with --init {folder / LAST}"
         )
-    if saved.get("teacher") != meta.get("teacher"):
+    identities = [each.get("teacher", {}).get("identity") for each in (saved, meta)]  # its file may have been renamed
+    if identities[0] != identities[1]:
         was, now = (each.get("teacher", "none") for each in (saved, meta))
         raise TrainingError(f"{folder}: the teacher of the run to resume was {was}, now {now}")
 
 
 def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+
+
+def _other_photos(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> str:
+    """Names the photos that one run used and the other does not, or only in the other part; "" if there are none."""
+    was, here = ({name: part for part, names in each.items() for name in names} for each in (before, now))
+    differ = {
+        "no longer there, or not usable": was.keys() - here.keys(),
+        "new": here.keys() - was.keys(),
+        "moved between training and validation": {name for name in was.keys() & here if was[name] != here[name]},
+    }
+    said = "; ".join(f"{how}: {_named(sorted(names))}" for how, names in differ.items() if names)
+    return f" ({said})" if said else ""
 
 
 def _changed(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:

@@ -36,7 +36,7 @@ from petseg.model import AttentionUNet, normalize
 from petseg.objective import Distillation, Objective
 from petseg.observers import Observer
 from petseg.reference import torch_run
-from petseg.run_photos import RunPhotos, loader
+from petseg.run_photos import RunPhotos, loader, no_room_for_workers
 from petseg.run_state import (
     BEST,
     RunState,
@@ -52,7 +52,7 @@ from petseg.train_set import EpochSampler
 from petseg.warm_start import first_weights
 from petseg_runtime import __version__
 from petseg_runtime.artifact import open_artifact
-from petseg_runtime.errors import CheckpointError, NonFiniteLoss
+from petseg_runtime.errors import CheckpointError, NonFiniteLoss, UsageError
 from petseg_runtime.signals import EXITS, handled, held
 from petseg_runtime.text import counted
 
@@ -93,8 +93,9 @@ class Trainer:
     """One training run: construct it, then call :meth:`fit`.
 
     Attributes:
-        late: Whether a step's loss is read only after the next step was issued, so that a GPU always has work. A CPU
-            executes a step as it is issued. All losses are read before anything is saved or validated, and at the end.
+        late: Whether a step's loss is read only after the next step was issued, so that a GPU always has work (with one
+            GPU; with several, nn.SyncBatchNorm waits in every layer). A CPU executes a step as it is issued. All losses
+            are read before anything is saved or validated, and at the end.
         stopped_by: The signal that stopped the run, if one did.
         photos: The photos of the run, and which were excluded.
         state: The progress of the run.
@@ -156,13 +157,20 @@ class Trainer:
             self._release = weakref.finalize(self, lock_folder(output) if self.ranks.first else lambda: None)
         if self.ranks.first:
             remove_unfinished(output)
-        self.dtype = pick_precision(config.amp, device)
         self.last = StateFile(output)
         inside = self._check_models(None if resume else init, teacher)
         if resume:
             self.last.check_settings(config, taught=teacher is not None)
+        self.dtype = self._precision(resume)
         self.photos = RunPhotos(
-            config, root, output, device=device, teacher=teacher, observer=self.observer, ranks=self.ranks
+            config,
+            root,
+            output,
+            device=device,
+            teacher=teacher,
+            observer=self.observer,
+            ranks=self.ranks,
+            without=self.last.excluded() if resume else (),
         )
         train = self.photos.train
         self.sampler = EpochSampler(len(train), config.batch, config.seed, self.ranks.rank, self.ranks.size)
@@ -171,14 +179,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         if init and resume:
             self.observer.started(f"{init} is not read, because the resumed run has its own weights")
-        with enough_memory("use a network of a smaller --width"):
+        room = "free some memory on the device, or use a network of a smaller --width"
+        with enough_memory(room):
             network = self.first_network(None if resume else init)
             self.model = network.to(device).to(memory_format=torch.channels_last)
             self.ema = MovingAverage(self.model, config.ema)
             synchronized(self.model, self.ranks, device)
         with enough_memory("train without --teacher, or with a smaller one"):
             self.objective = self._objective(inside)
-        with enough_memory("use a network of a smaller --width"):
+        with enough_memory(room):
             modules = (self.model, self.objective.hints)
             self._weights = [weight for each in modules for weight in each.parameters() if weight.requires_grad]
             self.optimizer = _optimizer(self._weights, config)
@@ -191,6 +200,23 @@ class Trainer:
         if resume:
             self._resume()
         self.forward = self._callable()
+
+    def _precision(self, resume: bool) -> torch.dtype:
+        """Returns the precision of the run.
+
+        Raises:
+            UsageError: The device does not support it.
+        """
+        try:
+            return pick_precision(self.config.amp, self.device)
+        except UsageError as error:
+            if not resume:
+                raise
+            reason, last = str(error).partition(";")[0], self.last.path
+            raise UsageError(
+                f"{reason}; a resumed run keeps its amp: resume on a device that supports it, or start a new run in "
+                f"another --output, with another amp and --init {last}"
+            ) from error
 
     def _check_models(self, init: Path | None, teacher: Path | None) -> AttentionUNet | None:
         """Check the given models before minutes of reading photos; returns the teacher of features, or None.
@@ -269,10 +295,18 @@ class Trainer:
                             patience = self.config.early_stop
                             self.observer.started(f"stopped: no better validation IoU for {patience} epochs")
             finally:
-                # Replacing the loader ends its workers. They ignore SIGTERM, so Python would wait for them at exit.
-                self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
+                self._end_workers()
             after_an_error.pop_all()
         return self.output / BEST
+
+    def _end_workers(self) -> None:
+        """End the dataloader workers, which ignore SIGTERM: Python would wait for them at exit.
+
+        They end with their iterator, but an error that came from a worker refers to it until it is garbage-collected.
+        """
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        self.loader = loader(self.photos.train, self.sampler, self.config, self.device, self.ranks)
 
     def unlock(self) -> None:
         """Let other runs use the folder."""
@@ -371,7 +405,7 @@ class Trainer:
             asked = time.perf_counter()
 
     def _step(self, photo: Tensor, trimap: Tensor, lr: float) -> Step:
-        """Issue one step to the device, without waiting for it to execute."""
+        """Issue one step to the device, without waiting for it to execute (with several GPUs, see ``late``)."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         image = normalize(photo.to(self.device, non_blocking=True))
@@ -625,13 +659,16 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         say, shape = self.observer.started, self.config.model
         name = "attention U-Net" if shape.stem == "full" else "attention U-Net with a strided stem"
-        say(f"{name}, width {shape.width}, {parameters:,} parameters, {self.meta['precision']}")
+        where = f"{self.meta['precision']} on {self.meta['device']}"
+        say(f"{name}, width {shape.width}, {parameters:,} parameters, {where}")
         if self.ranks.size > 1:
             say(f"{self.ranks.size} processes, {self.config.batch // self.ranks.size} photos of each batch per process")
         listed = f", listed in {VAL_LISTING}; data.val_fraction is ignored" if "val_names" in self.meta["data"] else ""
         say(f"{counted(len(self.photos.train), 'photo')} to train on, {len(self.photos.val)} for validation{listed}")
         if workers := self.loader.num_workers:
             say(f"{workers} dataloader workers augment them")
+        if lack := no_room_for_workers(self.photos.train, self.config, self.device, self.ranks):
+            say(f"warning: {lack}")
         if skipped := self.photos.train.skipped_empty:
             say(f"excluded, because their masks show no pet: {', '.join(skipped)}")
         if tiny := self.photos.train.skipped_tiny:

@@ -148,6 +148,11 @@ class TrainSet(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def taught(self) -> bool:
+        """Whether an item has a teacher's probability beside the trimap."""
+        return self._trimaps.ndim == 4
+
     def __getitem__(self, draw: int) -> tuple[Tensor, Tensor, int]:
         """Returns a photo, uint8 [H, W, 3], its trimap, uint8 [H, W], and the index of its name.
 

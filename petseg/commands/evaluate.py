@@ -97,13 +97,15 @@ def evaluate(
     """
     from petseg.data import Split
     from petseg.evaluate import as_shown, open_model
+    from petseg.memory import enough_memory
     from petseg_runtime.errors import EXIT_PARTIAL
 
     check_writable(output, report)  # before minutes of measuring
     if report:
         _check_drawable()
     failed: list[tuple[str, str]] | None = [] if report else None  # name of the photo, error message
-    with open_model(model, device, backend) as opened, progress_line(quiet) as progress:
+    room = "free some memory on the device (another program may be using it), or use --device cpu"
+    with enough_memory(room), open_model(model, device, backend) as opened, progress_line(quiet) as progress:
         pairs, val_fraction, split_seed = _measured_pairs(root, Split(split), opened, val_fraction, split_seed)
         if without_doubtful:
             opened = dataclasses.replace(opened, run=as_shown(opened.run))

@@ -197,7 +197,7 @@ def _train(config: TrainConfig, options: Options) -> int:
     from petseg.observers import Observers
     from petseg.record import commit
     from petseg.train import Trainer
-    from petseg_runtime.errors import EXIT_PARTIAL, NonFiniteLoss
+    from petseg_runtime.errors import EXIT_PARTIAL, FirstRankFailed, NonFiniteLoss
 
     origin = {"command": shlex.join(["petseg", *sys.argv[1:]]), "commit": commit()}
     device = local_device(options.device)
@@ -224,10 +224,12 @@ def _train(config: TrainConfig, options: Options) -> int:
                 if ranks.first:
                     click.echo("petseg: interrupted", err=True)
                 return EXITS[trainer.stopped_by]
-            except NonFiniteLoss as error:
+            except (FirstRankFailed, NonFiniteLoss):
+                # Rank 0 raises for all: it has failed, or found the same loss, which is summed over all ranks. At the
+                # first nonzero exit code, torchrun would end it, perhaps before it has said so.
                 if ranks.first:
                     raise
-                return error.exit_code  # rank 0 reports it for all
+                return 0
     if not ranks.first:
         return 0  # with another code, torchrun would end rank 0, which still has plots to make
     _finish(trainer, best, options)

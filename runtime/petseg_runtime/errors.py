@@ -20,6 +20,7 @@
     ├── MissingExtra                 7   a command needs packages that are not installed
     ├── DataError                    8   a data set cannot be used
     ├── TrainingError                9   a training run cannot start or continue
+    │   ├── FirstRankFailed              the first of several processes failed, and says why
     │   └── NonFiniteLoss                the loss became NaN or infinite
     └── ParityError                 10   the outputs of an exported file differ from its checkpoint's
         ├── ParityNames                  inputs or outputs have other names
@@ -46,6 +47,7 @@ __all__ = [
     "EngineError",
     "EngineForeign",
     "EngineMissing",
+    "FirstRankFailed",
     "ImageTooLarge",
     "InputError",
     "MissingExtra",
@@ -177,6 +179,10 @@ class TrainingError(PetsegError):
     """A training run cannot start or continue."""
 
     exit_code = 9
+
+
+class FirstRankFailed(TrainingError):
+    """The first of several processes failed; its own error says why."""
 
 
 class NonFiniteLoss(TrainingError):

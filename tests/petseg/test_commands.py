@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from command_line import contents, failed
@@ -37,7 +38,7 @@ from petseg.evaluate import as_shown, evaluate, open_model
 from petseg.lock import LOCK, lock_folder
 from petseg.model import AttentionUNetConfig
 from petseg_export import OnnxConfig, export
-from petseg_runtime.errors import NonFiniteLoss
+from petseg_runtime.errors import FirstRankFailed, NonFiniteLoss, OutputError
 
 SMALL = ["--width", "2", "--size", "32", "--batch", "4", "--device", "cpu", "--set", "amp=fp32"]
 #: The cache folder of each test is empty, and matplotlib would take seconds to fill it.
@@ -417,33 +418,39 @@ def test_without_an_option_the_device_is_chosen_automatically(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [(KeyboardInterrupt(), 143, "petseg: interrupted\n"), (NonFiniteLoss("loss nan"), 9, "petseg: loss nan\n")],
-    ids=["signal", "nan"],
+    ("errors", "codes", "said"),
+    [
+        ([KeyboardInterrupt()] * 2, (143, 143), "petseg: interrupted\n"),
+        ([NonFiniteLoss("loss nan")] * 2, (9, 0), "petseg: loss nan\n"),
+        ([OutputError("full"), FirstRankFailed("rank 0 failed")], (6, 0), "petseg: full\n"),
+    ],
+    ids=["signal", "nan", "first"],
 )
 def test_what_ends_all_processes_is_said_by_the_first(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    error: BaseException,
-    code: int,
+    errors: list[BaseException],
+    codes: tuple[int, int],
     said: str,
 ) -> None:
+    """The others exit with 0 after an error: with another code, torchrun would end the first before it has said it."""
+
     class Ends:
         stopped_by = signal.SIGTERM
 
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
+        def __init__(self, *_: object, ranks: Ranks, **__: object) -> None:
+            self.rank = ranks.rank
 
         def train(self) -> None:
-            raise error
+            raise errors[self.rank]
 
     monkeypatch.setattr(training, "Trainer", Ends)
     args = ["train", "--data", "d", "--output", str(tmp_path), "--device", "cpu"]
     for rank in range(2):
         one = contextlib.nullcontext(Ranks(rank, 2, 2))
         monkeypatch.setattr("petseg.distributed.join", lambda device, one=one: one)
-        assert run(args) == code
+        assert run(args) == codes[rank]
         assert capsys.readouterr() == ("", "" if rank else said)
 
 
@@ -823,6 +830,22 @@ def test_what_is_no_model_is_exit_code_4(
     code, message = failed(["evaluate", str(trained.folder / name), "--data", str(oxford_root)], capsys)
     assert code == 4
     assert name in message
+
+
+def test_a_device_without_memory_for_the_model_or_the_picture_is_one_line(
+    trained: Run, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_root), "--output", str(tmp_path)]
+    for place in ("petseg.plots.worst", "petseg.evaluate.evaluate", "petseg.model.AttentionUNet.to"):
+        monkeypatch.setattr(place, full)
+        code, message = failed(args, capsys)
+        remedy = "use a smaller --batch" if place == "petseg.evaluate.evaluate" else "free some memory on the device"
+        assert code == 5
+        assert message.startswith(f"petseg: out of memory: {remedy}")
+        assert message.count("\n") <= 1
 
 
 # ------------------------------------------------------------------------------------------------ data check

@@ -18,6 +18,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, capability: tuple[int
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
 
 
 @pytest.mark.parametrize(("gpus", "kind"), [(0, "cpu"), (1, "cuda")])
@@ -41,6 +42,17 @@ def test_a_gpu_that_is_not_there_is_an_error_and_never_the_cpu(
         pick_device(name)
     assert "--device cpu" in str(caught.value), "the remedy"
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(("hip", "said"), [(None, "is built for the CPU alone; install"), ("7.0", "check the driver")])
+def test_a_pytorch_for_the_cpu_is_not_a_matter_of_the_driver(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, said: str
+) -> None:
+    with_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(EngineError, match=f"^--device cuda: .*{said}.*--device cpu$"):
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:-1", "cuda:x", "0"])

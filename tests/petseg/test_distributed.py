@@ -318,7 +318,7 @@ def test_a_nan_in_the_part_of_one_process_stops_both_and_names_the_whole_batch(e
 def test_an_error_of_the_first_process_ends_the_other(ends: Path) -> None:
     first, second = end_of(ends, "full")
     assert first["end"] == "OutputError: the disk is full"
-    assert second["end"] == "TrainingError: rank 0 of this run failed; see its message"
+    assert second["end"] == "FirstRankFailed: rank 0 of this run failed; see its message"
 
 
 def test_both_stop_early_together(ends: Path) -> None:
@@ -387,8 +387,12 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(EngineError, match="--device cuda:0 is one GPU, but there are several processes"):
         local_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(EngineError, match="cuda:2: PyTorch sees 2"):
-        local_device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = "^there are 3 processes on this machine, but PyTorch sees 2 CUDA GPUs; use torchrun --nproc-per-node 2, or"
+    for name in ("cuda", "auto"):  # without --device, too
+        with pytest.raises(EngineError, match=said):
+            local_device(name)
 
 
 GLOO_GONE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"

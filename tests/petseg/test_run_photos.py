@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ from PIL import Image
 
 from petseg.checkpoint import load
 from petseg.data import Split, find
+from petseg.distributed import Ranks
 from petseg.evaluate import is_split_of
 from petseg.log import LOG
 from petseg.metrics import BACKGROUND, PET
-from petseg.run_photos import FEW, workers_of
+from petseg.run_photos import FEW, no_room_for_workers, workers_of
 from petseg.run_state import BEST, LAST
 from petseg.train import Trainer
-from petseg_runtime.errors import DataError, TrainingError
-from tiny_runs import CPU, Recorder, Run, assert_same_run, spoil_photo, tiny
+from petseg_runtime.errors import DataError, EngineError, TrainingError
+from tiny_runs import CPU, Recorder, Run, assert_same_run, at, same_tensors, spoil_photo, tiny
 
 
 def test_photos_without_pet_are_announced_and_recorded(oxford_copy: Path, tmp_path: Path) -> None:
@@ -74,14 +76,49 @@ def test_how_many_workers_there_are(
     assert workers_of(setting, torch.device(device), 2**20, processes) == workers
 
 
-@pytest.mark.parametrize(("free", "workers"), [(64, 16), (63, 15), (4, 1), (3, 0)])
+@pytest.mark.parametrize(("free", "workers"), [(48, 16), (47, 15), (3, 1), (2, 0)])
 def test_workers_have_room_for_their_batches(monkeypatch: pytest.MonkeyPatch, free: int, workers: int) -> None:
-    """A container's /dev/shm has 64 MB: a worker that finds no room there dies of a bus error."""
+    """A container's /dev/shm has 64 MB: a worker that finds no room there fails."""
     monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: 64)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free * 2**20))
     assert workers_of("auto", torch.device("cuda"), 2**20) == workers
     assert workers_of("auto", torch.device("cuda"), 2**20, 2) == workers // 2
     assert workers_of(5, torch.device("cuda"), 2**20) == 5
+
+
+@pytest.mark.parametrize(
+    ("taught", "workers", "device", "said"),
+    [
+        # A batch of 4 photos at 1024x1024, times 3: 48 MiB, and 60 MiB with a teacher's probabilities.
+        (False, "auto", "cuda", "room for 2 dataloader workers in /dev/shm (105 MB); docker run --shm-size=2g makes"),
+        (True, "auto", "cuda", "room for 1 dataloader worker in /dev/shm (105 MB); docker run --shm-size=2g makes"),
+        (False, "1", "cuda", None),
+        (False, "auto", "cpu", None),
+    ],
+)
+def test_workers_without_room_are_missed_only_where_they_would_be_started(
+    monkeypatch: pytest.MonkeyPatch, taught: bool, workers: str, device: str, said: str | None
+) -> None:
+    monkeypatch.setattr("petseg.run_photos.usable_cpus", lambda: 8)
+    photos: Any = SimpleNamespace(taught=taught)
+    config = tiny("data.height=1024", "data.width=1024", f"data.workers={workers}")
+    for free, missed in ((100, said), (1000, None)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free * 2**20))
+        found = no_room_for_workers(photos, config, torch.device(device), Ranks())
+        assert found == (f"{missed} room for 6" if missed else None)
+
+
+def test_missing_room_for_workers_is_announced(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, asked = Recorder(), []
+    monkeypatch.setattr("petseg.train.no_room_for_workers", lambda photos, *_: asked.append(photos.taught) or "no room")
+    for teacher in (None, whole.folder / BEST):
+        folder = tmp_path / ("taught" if teacher else "alone")
+        trainer = Trainer(tiny(), oxford_root, folder, device=CPU, observer=observer, teacher=teacher)
+        assert "no room" not in trainer.warnings, "it says nothing about the figures of the run"
+    assert observer.messages.count("warning: no room") == 2
+    assert asked == [False, True]
 
 
 def test_data_that_cannot_be_used_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
@@ -114,6 +151,43 @@ def test_a_bad_photo_can_be_skipped_and_is_named_and_counted(oxford_copy: Path, 
     Trainer(config, oxford_copy, tmp_path / "out", device=CPU, resume=True).fit()
 
 
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_photo_that_was_excluded_stays_so_on_resume_even_if_it_can_be_read_again(
+    oxford_copy: Path, tmp_path: Path, on_bad: str
+) -> None:
+    pairs = [find(oxford_copy, split, val_fraction=0.1)[0] for split in (Split.TRAIN, Split.VAL)]
+    good, out, whole = [pair.image.read_bytes() for pair in pairs], tmp_path / "out", tmp_path / "whole"
+    for split in (Split.TRAIN, Split.VAL):
+        spoil_photo(oxford_copy, split, 0)
+    config = tiny("data.on_bad=skip", "model.width=2")
+    Trainer(config, oxford_copy, whole, device=CPU).fit()
+    observer = Recorder(at_step=at(7, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, oxford_copy, out, device=CPU, observer=observer).fit()
+    for pair, content in zip(pairs, good, strict=True):
+        pair.image.write_bytes(content)
+    observer = Recorder()
+    config = tiny(f"data.on_bad={on_bad}", "model.width=2")
+    trainer = Trainer(config, oxford_copy, out, device=CPU, observer=observer, resume=True)
+    names = {pair.name for pair in pairs}
+    assert {f"excluded, as before the run was resumed: {name}" for name in names} <= {*observer.messages}
+    trainer.fit()
+    assert same_tensors(load(out / LAST).tensors, load(whole / LAST).tensors)
+    for file in (BEST, LAST):
+        assert sorted(load(out / file).meta["data"]["skipped_bad"]) == sorted(names)
+
+
+def test_a_photo_that_was_excluded_may_be_gone_on_resume(folder_copy: Path, tmp_path: Path) -> None:
+    (folder_copy / "val.txt").write_text("own_01\nown_07\n")
+    bad = find(folder_copy, Split.TRAIN)[0]
+    bad.image.write_bytes(b"no photo")
+    config = tiny("data.on_bad=skip", "epochs=1", "model.width=2")
+    Trainer(config, folder_copy, tmp_path / "out", device=CPU).fit()
+    bad.image.unlink()
+    bad.mask.unlink()
+    assert Trainer(config, folder_copy, tmp_path / "out", device=CPU, resume=True).photos.bad == []
+
+
 def test_photos_too_many_for_the_memory_are_kept_in_a_file(
     oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +201,21 @@ def test_photos_too_many_for_the_memory_are_kept_in_a_file(
         assert isinstance(trainer.photos.train._photos.base, np.memmap) is (place != "memory")
         assert_same_run(folder, whole)
         assert {path.name for path in folder.iterdir()} == {BEST, LAST, LOG}
+
+
+def test_only_a_run_with_a_teacher_is_told_to_do_without_it(
+    oxford_root: Path, tmp_path: Path, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr("petseg.run_photos.TrainSet", full)
+    for teacher, remedy in (
+        (None, "use a smaller --size, or a machine with more memory"),
+        (whole.folder / BEST, "train without --teacher, or with a smaller one"),
+    ):
+        with pytest.raises(EngineError, match=rf"^out of memory: {remedy} \(MemoryError\)$"):
+            Trainer(tiny(), oxford_root, tmp_path, device=CPU, teacher=teacher)
 
 
 def test_no_validation_photo_that_can_be_used_is_rejected(oxford_copy: Path, tmp_path: Path) -> None:
@@ -160,7 +249,8 @@ def test_listed_validation_photos_are_on_record_and_stay_known(folder_copy: Path
     (folder_copy / "val.txt").write_text("own_07\nown_08\n")
     with pytest.raises(TrainingError, match=r"trained on 1 of the 2 photos.* list in val\.txt the photos that it was"):
         Trainer(tiny("epochs=1"), folder_copy, tmp_path / "other", device=CPU, init=best)
-    with pytest.raises(TrainingError, match="trained on other photos than these"):
+    moved = r"trained on other photos than these \(moved between training and validation: own_01, own_08\)$"
+    with pytest.raises(TrainingError, match=moved):
         Trainer(tiny("epochs=1"), folder_copy, tmp_path / "run", device=CPU, resume=True)
     (folder_copy / "val.txt").unlink()
     with pytest.raises(TrainingError, match=r"list in val\.txt"):

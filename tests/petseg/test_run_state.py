@@ -268,10 +268,23 @@ def test_every_other_setting_is_named(oxford_root: Path, whole: Run) -> None:
         Trainer(tiny("seed=1", "batch=5"), oxford_root, whole.folder, device=CPU, resume=True)
 
 
-def test_other_photos_are_rejected_on_resume(oxford_copy: Path, whole: Run) -> None:
+def test_other_photos_are_rejected_on_resume_and_named(oxford_copy: Path, tmp_path: Path, whole: Run) -> None:
     listing = oxford_copy / "annotations" / "trainval.txt"
-    listing.write_text("".join(line for line in listing.read_text().splitlines(True) if "pet_07" not in line))
-    with pytest.raises(TrainingError, match="other photos"):
+    there = listing.read_text()
+    gone = find(oxford_copy, Split.TRAIN, val_fraction=0.1)[3].name
+    listing.write_text("".join(line for line in there.splitlines(True) if gone not in line))
+    with pytest.raises(TrainingError, match=rf"other photos than these \(no longer there, or not usable: {gone}[;)]"):
+        Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
+    Trainer(tiny("epochs=1"), oxford_copy, tmp_path, device=CPU).fit()
+    listing.write_text(there)
+    with pytest.raises(TrainingError, match=rf"other photos than these \(new: {gone}[;)]"):
+        Trainer(tiny("epochs=1"), oxford_copy, tmp_path, device=CPU, resume=True)
+
+
+def test_only_a_few_of_many_other_photos_are_named(oxford_copy: Path, whole: Run) -> None:
+    listing = oxford_copy / "annotations" / "trainval.txt"
+    listing.write_text("".join(listing.read_text().splitlines(True)[:12]))
+    with pytest.raises(TrainingError, match=r"not usable: (pet_\d+, ){5}\.\.\."):
         Trainer(tiny(), oxford_copy, whole.folder, device=CPU, resume=True)
 
 
@@ -382,6 +395,19 @@ def test_a_run_from_before_a_setting_was_there_continues_with_its_default(
 def test_another_teacher_is_rejected_on_resume(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
     with pytest.raises(TrainingError, match=r"the teacher of the run to resume was none, now .*best\.safetensors"):
         Trainer(tiny(), oxford_root, whole.folder, device=CPU, teacher=whole.folder / BEST, resume=True)
+
+
+def test_a_teacher_that_was_renamed_is_the_same_one(oxford_root: Path, tmp_path: Path, whole: Run) -> None:
+    given, renamed, out = whole.folder / BEST, tmp_path / "teacher.safetensors", tmp_path / "run"
+    Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=given).fit()
+    shutil.copy(given, renamed)
+    Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=renamed, resume=True)
+    best = load(given)
+    save_checkpoint(renamed, best.tensors, {**best.meta, "epoch": 9})
+    with pytest.raises(
+        TrainingError, match=r"the teacher of the run to resume was .*best\.safetensors.*, now .*teacher"
+    ):
+        Trainer(tiny("epochs=1"), oxford_root, out, device=CPU, teacher=renamed, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petseg import checkpoint
-from petseg.checkpoint import load, load_model
+from petseg.checkpoint import load, load_model, save_checkpoint
 from petseg.config import to_dict
 from petseg.data import Split, find
 from petseg.distributed import Ranks
@@ -33,6 +33,7 @@ from petseg.log import LOG, Row
 from petseg.metrics import Border, best_threshold
 from petseg.model import normalize
 from petseg.reference import torch_run
+from petseg.run_photos import _leave_signals_to_the_parent
 from petseg.run_state import BEST, LAST
 from petseg.schedule import learning_rate
 from petseg.train import Trainer
@@ -132,7 +133,7 @@ def test_the_log_has_a_line_for_each_epoch(whole: Run) -> None:
 def test_the_beginning_is_announced(whole: Run) -> None:
     said = "\n".join(whole.observer.messages)
     parameters = sum(p.numel() for p in whole.trainer.model.parameters())
-    assert f"width 4, {parameters:,} parameters, float32" in said
+    assert f"width 4, {parameters:,} parameters, float32 on cpu\n" in said
     assert "22 photos to train on, 2 for validation" in said
 
 
@@ -164,6 +165,25 @@ def test_workers_without_shared_memory_are_an_error(
     monkeypatch.setattr(multiprocessing, "Lock", lock)
     with pytest.raises(EngineError, match=r"need shared memory \(No such file.*--set data.workers=0\)"):
         trainer.fit()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_workers_whose_shared_memory_is_full_are_an_error_and_end(
+    oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit for the size of files, in the worker only, does what a full /dev/shm does: PyTorch raises its error."""
+
+    def limit(worker: int) -> None:
+        _leave_signals_to_the_parent(worker)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    before = multiprocessing.active_children()
+    monkeypatch.setattr("petseg.run_photos._leave_signals_to_the_parent", limit)
+    trainer = Trainer(tiny("data.workers=1"), oxford_root, tmp_path, device=CPU)
+    with pytest.raises(EngineError, match=r"^dataloader workers ran out of shared memory \(.*File too large") as told:
+        trainer.fit()
+    assert "\n" not in str(told.value)
+    assert multiprocessing.active_children() == before, "Python would wait for them at exit, while the error is kept"
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -704,6 +724,23 @@ def test_fp16_on_a_cpu_is_rejected(oxford_root: Path, tmp_path: Path) -> None:
         Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU)
 
 
+def test_a_resumed_run_whose_precision_is_not_supported_is_not_told_to_change_it(
+    oxford_root: Path, tmp_path: Path, whole: Run
+) -> None:
+    """It would then be rejected for its other settings."""
+    last = whole.last
+    config = {**last.meta["config"], "amp": "fp16"}  # of a run on a GPU
+    save_checkpoint(tmp_path / LAST, last.tensors, {**last.meta, "config": config})
+    said = rf"^amp is fp16 on a CPU.*; a resumed run keeps its amp: resume on .* --init {tmp_path / LAST}$"
+    with pytest.raises(UsageError, match=said) as caught:
+        Trainer(tiny("amp=fp16"), oxford_root, tmp_path, device=CPU, resume=True)
+    assert "use bf16" not in str(caught.value)
+    with pytest.raises(TrainingError, match="other settings: amp was 'fp16', now 'fp32'"):
+        Trainer(tiny(), oxford_root, tmp_path, device=CPU, resume=True)
+    with pytest.raises(TrainingError, match="other settings: amp was 'fp32', now 'fp16'"):
+        Trainer(tiny("amp=fp16"), oxford_root, whole.folder, device=CPU, resume=True)
+
+
 def test_bf16_trains_with_weights_in_float32(oxford_root: Path, tmp_path: Path) -> None:
     observer = Recorder()
     Trainer(tiny("amp=bf16", "epochs=1"), oxford_root, tmp_path, device=CPU, observer=observer).fit()
@@ -977,7 +1014,7 @@ def test_a_network_too_wide_for_the_memory_is_reported_with_a_remedy(
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
     monkeypatch.setattr("petseg.train.first_weights", fails)
-    with pytest.raises(EngineError, match="out of memory: use a network of a smaller --width"):
+    with pytest.raises(EngineError, match="out of memory: free some memory on the device, or use a network of a sm"):
         Trainer(tiny(), oxford_root, tmp_path / "out", device=CPU)
 
 

@@ -134,6 +134,7 @@ NO_THREAD = "no more threads or processes can be started: raise the limit (ulimi
         (OSError(errno.EMFILE, "Too many open files"), 1, "too many open files: raise the limit (ulimit -n)"),
         (OSError(errno.ENFILE, "File table overflow"), 1, "too many open files: raise the limit (ulimit -n)"),
         (MemoryError(), 1, "not enough memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "not enough memory"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 6, "standard output cannot be written to (Disk quota exceeded)"),
         (OSError(errno.EFBIG, "File too large"), 6, "standard output cannot be written to (File too large)"),
         (
@@ -148,7 +149,7 @@ NO_THREAD = "no more threads or processes can be started: raise the limit (ulimi
         ),
         (ImportError("no such symbol", name="av.logging"), 7, "av.logging: cannot be imported (no such symbol)"),
     ],
-    ids=["thread", "process", "files", "table", "memory", "quota", "size", "temporary", "library", "symbol"],
+    ids=["thread", "process", "files", "table", "memory", "fork", "quota", "size", "temporary", "library", "symbol"],
 )
 def test_a_limit_of_the_system_is_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int, said: str
