@@ -231,8 +231,9 @@ def examine(watch: Callable[[str], None] = lambda what: None) -> Examination:
 def read_gpus() -> tuple[tuple[Gpu, ...], str]:
     """Returns the NVIDIA GPUs, and why they cannot be listed ("" if they can)."""
     answer = probe("gpus")
-    problem = f"NVIDIA's driver does not work: {answer['error']}; reinstall it" if "error" in answer else ""
-    return tuple(Gpu(**gpu) for gpu in answer.get("gpus", ())), problem
+    if "error" in answer:
+        return (), f"NVIDIA's driver does not work: {answer['error']}; reinstall it"
+    return tuple(Gpu(**gpu) for gpu in answer["gpus"]), answer["trouble"]
 
 
 def read_rule() -> tuple[tuple[RuleLine, ...], str]:

@@ -30,6 +30,7 @@ __all__ = [
     "cgroup_limits",
     "cgroup_memory_left",
     "cores",
+    "driver_trouble",
     "features",
     "frequencies",
     "give_back_memory",
@@ -37,6 +38,7 @@ __all__ = [
     "host",
     "identity",
     "limits",
+    "no_gpu",
     "nvidia_gpus",
     "old_driver",
     "parse_cpuinfo",
@@ -82,6 +84,16 @@ PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
 
 #: ONNX Runtime for CUDA 12 with its libraries; from 1.27 on, the published packages are for CUDA 13.
 ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
+
+#: CUDA's error code for a driver that works, but shows no GPU to this process.
+_NO_DEVICE: Final = 100
+#: What to do if NVIDIA's driver does not start, by CUDA's error code.
+_REMEDIES: Final = {
+    802: "start NVIDIA's fabric manager (systemctl start nvidia-fabricmanager)",
+    803: "reboot, because its library and its kernel module have different versions, as after an update",
+    804: "remove the package cuda-compat, whose library does not support this GPU",
+    999: "reboot, or after a suspend, reload its kernel module (rmmod nvidia_uvm; modprobe nvidia_uvm)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,21 +372,52 @@ def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:
 
 
 def nvidia_gpus() -> int:
-    """Returns the number of NVIDIA GPUs that the driver shows to this process; 0 without a driver."""
+    """Returns the number of NVIDIA GPUs that the driver shows to this process; 0 without a driver that works."""
     return len(gpus())
 
 
-@functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """Returns the NVIDIA GPUs that the driver shows to this process; none without a driver. Needs no CUDA toolkit."""
+    """Returns the NVIDIA GPUs that the driver shows to this process; none without a driver that works.
+
+    Needs no CUDA toolkit.
+    """
+    return _driver()[0]
+
+
+def driver_trouble() -> str:
+    """Returns why NVIDIA's driver, which is installed, does not start, and what to do about it; "" otherwise."""
+    return _driver()[1]
+
+
+def no_gpu() -> str:
+    """Returns why this process has no NVIDIA GPU, and what to do about it."""
+    return driver_trouble() or "this machine shows no NVIDIA GPU: install its driver"
+
+
+@functools.cache
+def _driver() -> tuple[tuple[Gpu, ...], str]:
+    """Returns what :func:`gpus` and :func:`driver_trouble` return."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return ()
+        return (), ""
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    return tuple(_gpu(driver, index) for index in range(count.value))
+    if code := driver.cuInit(0):
+        return (), _trouble(driver, "cuInit", code)
+    if code := driver.cuDeviceGetCount(ctypes.byref(count)):
+        return (), _trouble(driver, "cuDeviceGetCount", code)
+    return tuple(_gpu(driver, index) for index in range(count.value)), ""
+
+
+def _trouble(driver: ctypes.CDLL, function: str, code: int) -> str:
+    """Describes an error of a function with which the driver starts; "" if there is merely no GPU."""
+    if code == _NO_DEVICE:
+        return ""
+    name = ctypes.c_char_p()
+    driver.cuGetErrorName(code, ctypes.byref(name))  # leaves it empty if the driver does not know its own code
+    named = f"{code} {(name.value or b'').decode()}".rstrip()
+    remedy = _REMEDIES.get(code, "reboot, or install it again")
+    return f"NVIDIA's driver is installed but does not start ({function}: {named}): {remedy}"
 
 
 def old_driver(driver: str, packages: str) -> str:

@@ -201,6 +201,18 @@ def test_without_a_gpu_gpu_engines_are_not_tried() -> None:
     assert check_engine(missing, ()).why == "not tried: no NVIDIA GPU was found, and the engine is not installed"
 
 
+def test_a_driver_that_does_not_start_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    monkeypatch.setattr("petseg_runtime.host.driver_trouble", lambda: "the driver does not start: reboot")
+    monkeypatch.setattr(doctor, "probe", lambda question: doctor_probe.QUESTIONS[question]())
+    assert doctor.read_gpus() == ((), "the driver does not start: reboot")
+
+
+def test_a_driver_that_crashes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda question: {"error": "it crashed: SIGSEGV"})
+    assert doctor.read_gpus() == ((), "NVIDIA's driver does not work: it crashed: SIGSEGV; reinstall it")
+
+
 def test_a_crashing_engine_is_one_line_and_the_rest_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "probe", lambda *words, **_: {"error": "it crashed: SIGSEGV"})
     check = check_engine(dataclasses.replace(ORT, device="cuda"), (GPU,), "cuda:1")

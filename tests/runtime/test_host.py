@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 from petseg_runtime import __version__, host
-from petseg_runtime.host import Gpu, cgroup_limits, cgroup_memory_left, gpus, nvidia_gpus, parse_cpuinfo, versions
+from petseg_runtime.host import (
+    Gpu,
+    cgroup_limits,
+    cgroup_memory_left,
+    driver_trouble,
+    gpus,
+    no_gpu,
+    nvidia_gpus,
+    parse_cpuinfo,
+    versions,
+)
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -264,13 +274,17 @@ class Driver:
         version._obj.value = 12080
         return 0
 
+    def cuGetErrorName(self, code: int, name: Any) -> int:
+        name._obj.value = {3: b"CUDA_ERROR_NOT_INITIALIZED", 999: b"CUDA_ERROR_UNKNOWN"}.get(code)
+        return 0 if name._obj.value else 1
+
 
 @pytest.fixture(autouse=True)
 def uncached() -> Iterator[None]:
     """The driver's answer is cached forever, so clear the cache."""
-    gpus.cache_clear()
+    host._driver.cache_clear()
     yield
-    gpus.cache_clear()
+    host._driver.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -279,12 +293,43 @@ def uncached() -> Iterator[None]:
         (Driver(), 2),
         (Driver(count=0), 0),
         (Driver(init=100), 0),  # CUDA_ERROR_NO_DEVICE
-        (Driver(status=3), 0),
+        (Driver(status=100), 0),
     ],
 )
 def test_the_number_of_gpus_comes_from_the_driver(driver: Driver, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert nvidia_gpus() == count
+    assert (nvidia_gpus(), driver_trouble()) == (count, "")
+    assert no_gpu() == "this machine shows no NVIDIA GPU: install its driver"
+
+
+@pytest.mark.parametrize(
+    ("driver", "failed", "remedy"),
+    [
+        (Driver(init=999), "cuInit: 999 CUDA_ERROR_UNKNOWN", "reboot, or after a suspend, reload"),
+        (Driver(init=803), "cuInit: 803", "reboot, because its library and its kernel module have different versions"),
+        (Driver(init=804), "cuInit: 804", "remove the package cuda-compat"),
+        (Driver(init=802), "cuInit: 802", "start NVIDIA's fabric manager"),
+        (Driver(status=3), "cuDeviceGetCount: 3 CUDA_ERROR_NOT_INITIALIZED", "reboot, or install it again"),
+    ],
+)
+def test_a_driver_that_does_not_start_is_not_taken_for_a_missing_one(
+    driver: Driver, failed: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert nvidia_gpus() == 0
+    assert driver_trouble().startswith(f"NVIDIA's driver is installed but does not start ({failed}): {remedy}")
+    assert no_gpu() == driver_trouble()
+
+
+def test_the_error_codes_with_remedies_are_those_of_cuda() -> None:
+    codes = pytest.importorskip("cuda.bindings.driver").CUresult
+    assert codes.CUDA_ERROR_NO_DEVICE == host._NO_DEVICE
+    assert {codes(code).name.removeprefix("CUDA_ERROR_") for code in host._REMEDIES} == {
+        "SYSTEM_NOT_READY",
+        "SYSTEM_DRIVER_MISMATCH",
+        "COMPAT_NOT_SUPPORTED_ON_DEVICE",
+        "UNKNOWN",
+    }
 
 
 def test_the_gpu_descriptions_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +359,7 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert nvidia_gpus() == 0
+    assert (nvidia_gpus(), driver_trouble()) == (0, "")
 
 
 FREED = """

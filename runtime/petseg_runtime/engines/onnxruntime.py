@@ -284,7 +284,7 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         return _session(artifact, _CUDA, settings, 1)
     except EngineError as error:
         there = host.gpus()
-        why = "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        why = f"{host.no_gpu()}, or use --device cpu"
         if there:
             shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (

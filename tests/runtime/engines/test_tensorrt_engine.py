@@ -1331,6 +1331,15 @@ def test_a_nonexistent_gpu_is_an_error(
         open_engine(tmp_path, library, device=device)
 
 
+def test_a_driver_that_does_not_start_is_the_reason(
+    library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.driver = 0
+    monkeypatch.setattr(host, "driver_trouble", lambda: "the driver does not start: reboot")
+    with pytest.raises(EngineError, match=r"^no NVIDIA GPU can be used: the driver does not start: reboot$"):
+        open_engine(tmp_path, library)
+
+
 def test_a_driver_that_is_too_old_has_two_remedies(
     library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
