@@ -269,8 +269,9 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
         raise EngineMissing(f"the installed onnxruntime was built without CUDA: {remedy}")
     printed = io.StringIO()
-    with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
-        onnxruntime.preload_dlls()
+    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on; before, the system's CUDA is needed
+        with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
+            onnxruntime.preload_dlls()
     try:
         settings = {
             "device_id": str(device.index),

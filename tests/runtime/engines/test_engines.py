@@ -1246,6 +1246,16 @@ def test_without_a_gpu_a_failed_session_says_there_is_none(
         load_engine(artifact, "onnxruntime", device="cuda")
 
 
+def test_an_onnx_runtime_that_preloads_nothing_is_used_as_it_is(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = gpu_package(["CPUExecutionProvider"])
+    monkeypatch.delattr("onnxruntime.preload_dlls")  # before 1.21
+    with pytest.raises(EngineError, match="would run it with CPUExecutionProvider"):
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert len(calls) == 1
+
+
 def test_a_gpu_that_is_not_there_is_named_instead_of_a_package(
     artifact: Artifact, gpu_package: Callable[..., list[Any]]
 ) -> None:
