@@ -77,7 +77,7 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 #: Packages that may change masks from one version to the next: the one that reads photos, and all engines.
 MASK_PACKAGES: Final = (
     *("pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu12"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 )
 #: All packages whose versions are recorded with results.
 PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
