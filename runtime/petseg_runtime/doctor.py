@@ -46,8 +46,8 @@ _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
 
-#: The compute capabilities that TensorRT for RTX builds for unless others are requested.
-_RTX_GPUS: Final = ("8.6", "8.9", "12.0")
+#: The compute capabilities, from Ampere on, that NVIDIA lists for TensorRT for RTX.
+_RTX_GPUS: Final = ("8.6", "8.9", "12.0", "12.1")
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",

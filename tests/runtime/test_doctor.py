@@ -267,6 +267,8 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     installed.append("onnxruntime")
     (problem,) = doctor._problems((GPU,), (check, working), Ffmpeg())
     assert problem.endswith(f", or pip uninstall onnxruntime, then {install('gpu')}"), "or they break each other"
+    spark = dataclasses.replace(GPU, compute_capability="12.1")
+    assert install("rtx") in doctor._problems((spark,), (check, working), Ffmpeg())[0]
     hopper = dataclasses.replace(GPU, compute_capability="9.0")
     assert install("rtx") not in doctor._problems((hopper,), (check, working), Ffmpeg())[0]
     old = dataclasses.replace(GPU, driver="CUDA 12.4")

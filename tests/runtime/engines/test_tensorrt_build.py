@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from petseg_runtime import extras, host
+from petseg_runtime import doctor, extras, host
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.tensorrt_build import Profile, build, profile_of, timings_slot
 from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library, Record
@@ -66,6 +66,15 @@ def test_a_library_that_fails_to_import_gives_the_reason(error: Exception, monke
         build(b"", None, library=TRT)
     assert str(error) in str(caught.value)
     assert not isinstance(caught.value, EngineMissing)
+
+
+@pytest.mark.tensorrt
+def test_the_gpus_that_the_pages_name_are_those_of_the_library() -> None:
+    """If this fails, the library has changed: see what NVIDIA lists now, and correct doctor and both READMEs."""
+    members = pytest.importorskip("tensorrt_rtx").ComputeCapability.__members__
+    known = {"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}
+    assert {f"{name[2:-1]}.{name[-1]}" for name in members if name.startswith("SM")} == known
+    assert {*doctor._RTX_GPUS} == known - {"7.5", "8.0"}
 
 
 def test_a_placeholder_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
