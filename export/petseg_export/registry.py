@@ -212,5 +212,5 @@ def _check_engine(name: str, backend: str, device: str) -> None:
         raise EngineError(f"{name}: {wanted} is not available: {host.no_gpu()}")
     entries = {line.engine: ENGINES[line.engine] for line in lines}.values()
     if not any(importlib.util.find_spec(entry.module) for entry in entries):
-        remedies = " or ".join(install(entry.extra) for entry in entries)
+        remedies = " or ".join(dict.fromkeys(install(entry.extra) for entry in entries))
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")

@@ -20,6 +20,7 @@ from typing import Final
 from petseg_runtime import __version__
 
 __all__ = [
+    "JETSON_TENSORRT",
     "LOOK_UP",
     "MASK_PACKAGES",
     "PACKAGES",
@@ -37,6 +38,7 @@ __all__ = [
     "gpus",
     "host",
     "identity",
+    "jetson",
     "limits",
     "no_gpu",
     "nvidia_gpus",
@@ -84,6 +86,20 @@ PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
 
 #: ONNX Runtime for CUDA 12 with its libraries; from 1.27 on, the published packages are for CUDA 13.
 ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
+
+#: TensorRT for CUDA 12: for arm64, the other engines have no packages for CUDA 12.
+_CUDA12_ARM64: Final = "tensorrt-cu12 'cuda-bindings<13'"
+
+#: For a Jetson with JetPack 6 or earlier, whose Python is too old for petseg.
+_JETSON_CONTAINER: Final = (
+    "use a container with Python 3.11 or newer and TensorRT 10.9 or newer for CUDA 12, and in it, pip install "
+    "'cuda-bindings<13'"
+)
+#: What to install on a Jetson so that an engine uses its GPU; pip's packages are for other machines.
+JETSON_TENSORRT: Final = (
+    "on a Jetson, use JetPack's own TensorRT: apt install python3-libnvinfer, and in an environment made with "
+    f"--system-site-packages, pip install cuda-bindings; before JetPack 7, {_JETSON_CONTAINER}"
+)
 
 #: CUDA's error code for a driver that works, but shows no GPU to this process.
 _NO_DEVICE: Final = 100
@@ -420,12 +436,17 @@ def _trouble(driver: ctypes.CDLL, function: str, code: int) -> str:
     return f"NVIDIA's driver is installed but does not start ({function}: {named}): {remedy}"
 
 
+def jetson() -> bool:
+    """Returns whether this is an NVIDIA Jetson: its driver and its TensorRT belong to its system, JetPack."""
+    return platform.release().endswith("tegra") or Path("/etc/nv_tegra_release").exists()
+
+
 def old_driver(driver: str, packages: str) -> str:
     """Returns what to do about a driver that is too old for CUDA 13, the version that pip's default packages need.
 
     Args:
         driver: As in :class:`Gpu`.
-        packages: The pip packages for CUDA 12.
+        packages: The pip packages for CUDA 12, on x86-64.
 
     Returns:
         The remedy; "" if the driver supports CUDA 13, or its version is unknown.
@@ -434,9 +455,16 @@ def old_driver(driver: str, packages: str) -> str:
     major = int(found[1]) if found else 0
     if not 0 < major < 13:
         return ""
-    update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
-    builds = f", or install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
-    return update + (builds if major == 12 else "")
+    if jetson():
+        update = f"the driver is for {driver}, that of an earlier JetPack than 7: update JetPack"
+        builds = _JETSON_CONTAINER
+    else:
+        update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
+        if platform.machine() == "aarch64":
+            builds = f"install TensorRT for CUDA 12 beside petseg in a new environment: pip install {_CUDA12_ARM64}"
+        else:
+            builds = f"install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
+    return f"{update}, or {builds}" if major == 12 else update
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from petseg.cli import run
-from petseg_runtime import doctor, doctor_probe, onnx_metadata, parity
+from petseg_runtime import doctor, doctor_probe, host, onnx_metadata, parity
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.cli.doctor import cpu_lines
 from petseg_runtime.doctor import EngineCheck, Examination, Ffmpeg, RuleLine, ask, check_engine, examine, probe
@@ -277,6 +278,22 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._problems((), (check, working), Ffmpeg()) == []
     assert install("cpu") in doctor._problems((), (check,), Ffmpeg())[0]
     assert "PyAV does not work (gone)" in doctor._problems((), (), Ffmpeg(error="gone"))[0]
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"), [("CUDA 12.6", "that of an earlier JetPack than 7"), ("CUDA 13.0", "python3-libnvinfer")]
+)
+def test_on_a_jetson_an_unused_gpu_needs_the_systems_tensorrt(
+    driver: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (host, doctor):
+        monkeypatch.setattr(module, "jetson", lambda: True)
+    orin = dataclasses.replace(GPU, compute_capability="8.7", driver=driver)
+    check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
+    working = dataclasses.replace(check, device="cpu", works=True)
+    (problem,) = doctor._problems((orin,), (check, working), Ffmpeg())
+    assert said in problem
+    assert not re.search("onnxruntime|580|tensorrt>=", problem)
 
 
 #: The probes' answers, by their words.

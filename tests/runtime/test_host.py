@@ -348,10 +348,40 @@ def test_the_gpu_descriptions_come_from_the_driver(monkeypatch: pytest.MonkeyPat
         ("unknown", False, False),
     ],
 )
-def test_an_old_driver_gets_two_remedies(driver: str, update: bool, builds: bool) -> None:
+def test_an_old_driver_gets_two_remedies(
+    driver: str, update: bool, builds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     remedy = host.old_driver(driver, "abacus-cu12")
     assert ("update it to 580 or newer" in remedy, "pip install abacus-cu12" in remedy) == (update, builds)
     assert update or remedy == ""
+
+
+def test_on_arm64_an_old_driver_gets_the_only_packages_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    remedy = host.old_driver("CUDA 12.4", host.ONNXRUNTIME_CUDA12)
+    assert remedy.endswith(
+        "update it to 580 or newer, or install TensorRT for CUDA 12 beside petseg in a new environment: pip install "
+        "tensorrt-cu12 'cuda-bindings<13'"
+    )
+
+
+@pytest.mark.parametrize(("driver", "container"), [("CUDA 11.4", False), ("CUDA 12.6", True)])
+def test_on_a_jetson_an_old_driver_belongs_to_jetpack(
+    driver: str, container: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "jetson", lambda: True)
+    remedy = host.old_driver(driver, "abacus-cu12")
+    assert remedy.startswith(f"the driver is for {driver}, that of an earlier JetPack than 7: update JetPack")
+    assert ("a container with Python 3.11 or newer and TensorRT 10.9" in remedy) is container
+    assert not {"580", "abacus-cu12"} & {*remedy.split()}
+
+
+def test_a_jetson_is_known_by_its_kernel_or_its_release_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-51-generic")
+    assert host.jetson() is Path("/etc/nv_tegra_release").exists()
+    monkeypatch.setattr(platform, "release", lambda: "6.8.12-tegra")
+    assert host.jetson()
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

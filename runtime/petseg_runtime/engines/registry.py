@@ -272,6 +272,6 @@ def _failure(artifact: Artifact, backend: str, wanted: Device | None, skipped: S
         return EngineError("; ".join(reasons))
     if backend == "auto" and not wanted:
         able = [entry for entry in ENGINES.values() if artifact.format in entry.formats]
-        remedies = " or ".join(install(entry.extra) for entry in able)
+        remedies = " or ".join(dict.fromkeys(install(entry.extra) for entry in able))
         return EngineMissing(f"no inference engine for {artifact.format} files is installed: {remedies}")
     return EngineMissing("; ".join(reasons))

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
+import platform
 import re
 import sys
 import threading
@@ -1223,8 +1224,9 @@ def test_two_concurrent_loads_restore_stdout(
 
 
 def test_with_an_old_driver_a_failed_session_does_not_suggest_the_same_package(
-    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
     with pytest.raises(EngineError, match="update it to 580 or newer, or install builds for CUDA 12") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
@@ -1300,6 +1302,28 @@ def test_a_package_without_cuda_gives_a_remedy(
     with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     assert isinstance(caught.value, EngineMissing) is missing, "a package conflict is noted"
+
+
+def test_on_a_jetson_the_remedy_is_the_systems_tensorrt(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "jetson", lambda: True)
+    gpu_package(["CPUExecutionProvider"])
+    with pytest.raises(EngineError) as failed:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineMissing) as without_cuda:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    uninstall("tensorrt", monkeypatch)
+    with pytest.raises(EngineMissing) as missing:
+        load_engine(artifact, "tensorrt", device="cuda")
+    for name in ENGINES:
+        uninstall(name, monkeypatch)
+    with pytest.raises(EngineMissing) as none:
+        load_engine(artifact, device="auto")
+    for message in (str(caught.value) for caught in (failed, without_cuda, missing, none)):
+        assert message.count("apt install python3-libnvinfer") == 1
+        assert not re.search("onnxruntime-gpu|580 or newer|tensorrt>=|pip uninstall", message)
 
 
 # --------------------------------------------------------------------------------------------------------- errors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import platform
 import re
 import sys
 import types
@@ -117,6 +118,7 @@ def test_a_library_failing_with_an_old_driver_gives_a_remedy(
 
     install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=refuse, OnnxParser=None, ILogger=Logger)
     monkeypatch.setattr(host, "gpus", lambda: (dataclasses.replace(GPU, driver=driver),))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35") as caught:
         build(b"", None, library=TRT, device=1)
     assert ("update it to 580" in str(caught.value)) is old

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -1356,6 +1357,7 @@ def test_a_driver_that_is_too_old_has_two_remedies(
         return cudaError_t.cudaErrorInsufficientDriver, None
 
     monkeypatch.setattr(FakeCudart, "cudaGetDeviceCount", insufficient)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     world.driver = 12040
     with pytest.raises(EngineError, match=r"the driver is for CUDA 12\.4.*: update it to 580 or newer, or") as caught:
         open_engine(tmp_path, library)
