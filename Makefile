@@ -69,7 +69,7 @@ gpu-check: $(GPU)/.installed
 
 # Checked before 10 GB are installed; the module needs only Python.
 gpu-there:
-	@PYTHONPATH=runtime $(PYTHON) -c 'import sys; from petseg_runtime.host import nvidia_gpus; sys.exit(nvidia_gpus() == 0 and "this machine shows no NVIDIA GPU: nothing was installed or checked")'
+	@PYTHONPATH=runtime $(PYTHON) -c 'import sys; from petseg_runtime.host import no_gpu, nvidia_gpus; sys.exit(nvidia_gpus() == 0 and f"{no_gpu()}; nothing was installed or checked")'
 
 clean:
 	rm -rf $(DEMO) $(DEV) $(OLDEST) $(GPU) $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache \

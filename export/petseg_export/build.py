@@ -52,7 +52,7 @@ from petseg_runtime.errors import (
 )
 from petseg_runtime.extras import install
 from petseg_runtime.files import staging
-from petseg_runtime.host import nvidia_gpus
+from petseg_runtime.host import driver_trouble, nvidia_gpus
 from petseg_runtime.onnx_metadata import with_metadata
 from petseg_runtime.parity import SMOKE, Checks, Comparison, Proof, Receipt, measure, proof_of, require, spread
 from petseg_runtime.spec import SPEC_KEY, STRIDE, ModelSpec
@@ -415,7 +415,8 @@ class _Job:
             EngineError: An engine is not available or cannot run the file, so the export fails.
         """
         if self.form.cuda and not nvidia_gpus():
-            return (), "no NVIDIA GPU on the machine that built it; run `petseg verify` on the device"
+            why = driver_trouble() or "no NVIDIA GPU on the machine that built it"
+            return (), f"{why}; run `petseg verify` on the device"
         try:
             return tuple(self._measured(target, proof, budget)), ""
         except EngineForeign as error:

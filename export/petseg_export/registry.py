@@ -133,8 +133,9 @@ def why_not(form: Format) -> EngineError | MissingExtra | None:
         if importlib.util.find_spec(need.module) is None:
             return MissingExtra(f"{need.module} is not installed: {install(need.extra)}")
     if form.gpu and not host.nvidia_gpus():
+        why = host.driver_trouble() or "no NVIDIA GPU here"
         return EngineError(
-            "no NVIDIA GPU here: an engine must be built on the GPU that will run it, so export to ONNX here and "
+            f"{why}; an engine must be built on the GPU that will run it, so export to ONNX here and "
             "compile that file there (or use trt-rtx, whose engines can be built on any machine)"
         )
     if form.cuda and host.nvidia_gpus() and not _cuda_bindings():  # else the export fails after minutes of building
@@ -208,8 +209,8 @@ def _check_engine(name: str, backend: str, device: str) -> None:
     wanted = None if device == "auto" else Device.parse(device)
     lines = choices(name, backend, wanted, what=name)
     if wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
-        raise EngineError(f"{name}: {wanted} is not available: this machine shows no NVIDIA GPU")
+        raise EngineError(f"{name}: {wanted} is not available: {host.no_gpu()}")
     entries = {line.engine: ENGINES[line.engine] for line in lines}.values()
     if not any(importlib.util.find_spec(entry.module) for entry in entries):
-        remedies = " or ".join(install(entry.extra) for entry in entries)
+        remedies = " or ".join(dict.fromkeys(install(entry.extra) for entry in entries))
         raise EngineMissing(f"{name}: the parity test needs an engine that runs such files: {remedies}")

@@ -25,7 +25,7 @@ from petseg_runtime.artifact import default_model
 from petseg_runtime.cameras import Camera, cameras
 from petseg_runtime.errors import OutputError
 from petseg_runtime.extras import install
-from petseg_runtime.host import ONNXRUNTIME_CUDA12, Gpu, Host, host, old_driver, versions
+from petseg_runtime.host import JETSON_TENSORRT, ONNXRUNTIME_CUDA12, Gpu, Host, host, jetson, old_driver, versions
 
 __all__ = [
     "EngineCheck",
@@ -46,8 +46,8 @@ _DEADLINE: Final = 60.0
 _DEADLINE_GPU: Final = 300.0
 _DEADLINE_COMPILING: Final = 1800.0
 
-#: The compute capabilities that TensorRT for RTX builds for unless others are requested.
-_RTX_GPUS: Final = ("8.6", "8.9", "12.0")
+#: The compute capabilities, from Ampere on, that NVIDIA lists for TensorRT for RTX.
+_RTX_GPUS: Final = ("8.6", "8.9", "12.0", "12.1")
 
 _SIGNALS: Final = {
     signal.SIGILL: "it uses instructions that this processor does not have: install another version or engine",
@@ -231,8 +231,9 @@ def examine(watch: Callable[[str], None] = lambda what: None) -> Examination:
 def read_gpus() -> tuple[tuple[Gpu, ...], str]:
     """Returns the NVIDIA GPUs, and why they cannot be listed ("" if they can)."""
     answer = probe("gpus")
-    problem = f"NVIDIA's driver does not work: {answer['error']}; reinstall it" if "error" in answer else ""
-    return tuple(Gpu(**gpu) for gpu in answer.get("gpus", ())), problem
+    if "error" in answer:
+        return (), f"NVIDIA's driver does not work: {answer['error']}; reinstall it"
+    return tuple(Gpu(**gpu) for gpu in answer["gpus"]), answer["trouble"]
 
 
 def read_rule() -> tuple[tuple[RuleLine, ...], str]:
@@ -388,6 +389,16 @@ def _wrong(auto: Mapping[str, Any], checks: Sequence[EngineCheck]) -> list[str]:
     ]
 
 
+def _gpu_engine(gpu: Gpu) -> str:
+    """How to install an engine that uses an NVIDIA GPU."""
+    if jetson():
+        return JETSON_TENSORRT
+    # The CPU package of ONNX Runtime has to be removed before that for GPUs is installed.
+    away = "pip uninstall onnxruntime, then " if "onnxruntime" in _packages_of("onnxruntime") else ""
+    rtx = f"{install('rtx')}, or " if gpu.compute_capability in _RTX_GPUS else ""
+    return f"{rtx}{away}{install('gpu')}"
+
+
 def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg) -> list[str]:
     """What should be fixed, each with the remedy."""
     found = []
@@ -397,10 +408,7 @@ def _problems(gpus: Sequence[Gpu], checks: Sequence[EngineCheck], ffmpeg: Ffmpeg
             f"{' '.join(both)}, then {install('gpu')} (NVIDIA GPU) or {install('cpu')}"
         )
     if gpus and not any(check.works for check in checks if check.device == "cuda"):
-        # The CPU package of ONNX Runtime has to be removed before that for GPUs is installed.
-        away = "pip uninstall onnxruntime, then " if "onnxruntime" in _packages_of("onnxruntime") else ""
-        rtx = f"{install('rtx')}, or " if gpus[0].compute_capability in _RTX_GPUS else ""
-        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or f"{rtx}{away}{install('gpu')}"
+        remedy = old_driver(gpus[0].driver, ONNXRUNTIME_CUDA12) or _gpu_engine(gpus[0])
         found.append(f"there is an NVIDIA GPU, but no engine that uses it works: {remedy}")
     if checks and not any(check.works for check in checks):
         found.append(f"no engine works: {install('cpu')}")

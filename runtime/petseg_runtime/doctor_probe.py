@@ -29,8 +29,8 @@ _ENCODERS: Final = ("libx264", "libx265", "libvpx", "libvpx-vp9", "libsvtav1", "
 
 
 def gpus() -> dict[str, Any]:
-    """The NVIDIA GPUs that the driver shows."""
-    return {"gpus": [dataclasses.asdict(gpu) for gpu in host.gpus()]}
+    """The NVIDIA GPUs that the driver shows, and why it does not start ("" if it does, or there is none)."""
+    return {"gpus": [dataclasses.asdict(gpu) for gpu in host.gpus()], "trouble": host.driver_trouble()}
 
 
 def rule() -> dict[str, Any]:

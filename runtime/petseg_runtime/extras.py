@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.metadata
 import shlex
 
+from petseg_runtime import host
+
 __all__ = ["install", "requirements"]
 
 
@@ -31,11 +33,13 @@ def requirements(extra: str) -> list[str]:
 
 
 def install(extra: str) -> str:
-    """Returns the shell command that installs the packages of an extra.
+    """Returns the shell command that installs the packages of an extra; on a Jetson, what to do for one of a GPU.
 
     Args:
         extra: Its name in ``pyproject.toml``.
     """
+    if extra in ("gpu", "trt", "rtx") and host.jetson():
+        return host.JETSON_TENSORRT
     if needed := requirements(extra):
         return f"pip install {shlex.join(needed)}"
     return f"pip install '.[{extra}]' in a checkout of petseg"

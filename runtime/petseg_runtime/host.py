@@ -20,6 +20,7 @@ from typing import Final
 from petseg_runtime import __version__
 
 __all__ = [
+    "JETSON_TENSORRT",
     "LOOK_UP",
     "MASK_PACKAGES",
     "PACKAGES",
@@ -30,13 +31,16 @@ __all__ = [
     "cgroup_limits",
     "cgroup_memory_left",
     "cores",
+    "driver_trouble",
     "features",
     "frequencies",
     "give_back_memory",
     "gpus",
     "host",
     "identity",
+    "jetson",
     "limits",
+    "no_gpu",
     "nvidia_gpus",
     "old_driver",
     "parse_cpuinfo",
@@ -75,13 +79,37 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 #: Packages that may change masks from one version to the next: the one that reads photos, and all engines.
 MASK_PACKAGES: Final = (
     *("pillow", "onnxruntime", "onnxruntime-gpu", "openvino"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-rtx", "tensorrt-rtx-cu12"),
+    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 )
 #: All packages whose versions are recorded with results.
 PACKAGES: Final = ("numpy", *MASK_PACKAGES, "av", "cuda-bindings")
 
 #: ONNX Runtime for CUDA 12 with its libraries; from 1.27 on, the published packages are for CUDA 13.
 ONNXRUNTIME_CUDA12: Final = "'onnxruntime-gpu[cuda,cudnn]<1.27'"
+
+#: TensorRT for CUDA 12: for arm64, the other engines have no packages for CUDA 12.
+_CUDA12_ARM64: Final = "tensorrt-cu12 'cuda-bindings<13'"
+
+#: For a Jetson with JetPack 6 or earlier, whose Python is too old for petseg.
+_JETSON_CONTAINER: Final = (
+    "use a container with Python 3.11 or newer and TensorRT 10.9 or newer for CUDA 12, and in it, pip install "
+    "'cuda-bindings<13'"
+)
+#: What to install on a Jetson so that an engine uses its GPU; pip's packages are for other machines.
+JETSON_TENSORRT: Final = (
+    "on a Jetson, use JetPack's own TensorRT: apt install python3-libnvinfer, and in an environment made with "
+    f"--system-site-packages, pip install cuda-bindings; before JetPack 7, {_JETSON_CONTAINER}"
+)
+
+#: CUDA's error code for a driver that works, but shows no GPU to this process.
+_NO_DEVICE: Final = 100
+#: What to do if NVIDIA's driver does not start, by CUDA's error code.
+_REMEDIES: Final = {
+    802: "start NVIDIA's fabric manager (systemctl start nvidia-fabricmanager)",
+    803: "reboot, because its library and its kernel module have different versions, as after an update",
+    804: "remove the package cuda-compat, whose library does not support this GPU",
+    999: "reboot, or after a suspend, reload its kernel module (rmmod nvidia_uvm; modprobe nvidia_uvm)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,21 +388,57 @@ def _groups(root: Path, membership: str, controller: str) -> Iterator[Path]:
 
 
 def nvidia_gpus() -> int:
-    """Returns the number of NVIDIA GPUs that the driver shows to this process; 0 without a driver."""
+    """Returns the number of NVIDIA GPUs that the driver shows to this process; 0 without a driver that works."""
     return len(gpus())
 
 
-@functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """Returns the NVIDIA GPUs that the driver shows to this process; none without a driver. Needs no CUDA toolkit."""
+    """Returns the NVIDIA GPUs that the driver shows to this process; none without a driver that works.
+
+    Needs no CUDA toolkit.
+    """
+    return _driver()[0]
+
+
+def driver_trouble() -> str:
+    """Returns why NVIDIA's driver, which is installed, does not start, and what to do about it; "" otherwise."""
+    return _driver()[1]
+
+
+def no_gpu() -> str:
+    """Returns why this process has no NVIDIA GPU, and what to do about it."""
+    return driver_trouble() or "this machine shows no NVIDIA GPU: install its driver"
+
+
+@functools.cache
+def _driver() -> tuple[tuple[Gpu, ...], str]:
+    """Returns what :func:`gpus` and :func:`driver_trouble` return."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return ()
+        return (), ""
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    return tuple(_gpu(driver, index) for index in range(count.value))
+    if code := driver.cuInit(0):
+        return (), _trouble(driver, "cuInit", code)
+    if code := driver.cuDeviceGetCount(ctypes.byref(count)):
+        return (), _trouble(driver, "cuDeviceGetCount", code)
+    return tuple(_gpu(driver, index) for index in range(count.value)), ""
+
+
+def _trouble(driver: ctypes.CDLL, function: str, code: int) -> str:
+    """Describes an error of a function with which the driver starts; "" if there is merely no GPU."""
+    if code == _NO_DEVICE:
+        return ""
+    name = ctypes.c_char_p()
+    driver.cuGetErrorName(code, ctypes.byref(name))  # leaves it empty if the driver does not know its own code
+    named = f"{code} {(name.value or b'').decode()}".rstrip()
+    remedy = _REMEDIES.get(code, "reboot, or install it again")
+    return f"NVIDIA's driver is installed but does not start ({function}: {named}): {remedy}"
+
+
+def jetson() -> bool:
+    """Returns whether this is an NVIDIA Jetson: its driver and its TensorRT belong to its system, JetPack."""
+    return platform.release().endswith("tegra") or Path("/etc/nv_tegra_release").exists()
 
 
 def old_driver(driver: str, packages: str) -> str:
@@ -382,7 +446,7 @@ def old_driver(driver: str, packages: str) -> str:
 
     Args:
         driver: As in :class:`Gpu`.
-        packages: The pip packages for CUDA 12.
+        packages: The pip packages for CUDA 12, on x86-64.
 
     Returns:
         The remedy; "" if the driver supports CUDA 13, or its version is unknown.
@@ -391,9 +455,16 @@ def old_driver(driver: str, packages: str) -> str:
     major = int(found[1]) if found else 0
     if not 0 < major < 13:
         return ""
-    update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
-    builds = f", or install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
-    return update + (builds if major == 12 else "")
+    if jetson():
+        update = f"the driver is for {driver}, that of an earlier JetPack than 7: update JetPack"
+        builds = _JETSON_CONTAINER
+    else:
+        update = f"the driver is for {driver}, but pip's default packages are for CUDA 13: update it to 580 or newer"
+        if platform.machine() == "aarch64":
+            builds = f"install TensorRT for CUDA 12 beside petseg in a new environment: pip install {_CUDA12_ARM64}"
+        else:
+            builds = f"install builds for CUDA 12 beside petseg in a new environment: pip install {packages}"
+    return f"{update}, or {builds}" if major == 12 else update
 
 
 def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:

@@ -59,7 +59,7 @@ def test_make_installs_nothing_where_there_is_no_gpu(tmp_path: Path) -> None:
     command = ["make", "-C", str(tmp_path), "gpu-check", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
-    assert "this machine shows no NVIDIA GPU: nothing was installed or checked" in done.stderr
+    assert "this machine shows no NVIDIA GPU: install its driver; nothing was installed or checked" in done.stderr
     assert not (tmp_path / ".venv-gpu").exists()
 
 

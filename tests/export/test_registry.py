@@ -120,6 +120,11 @@ def test_a_missing_gpu_is_reported_with_two_remedies(everything: None, monkeypat
     assert not isinstance(caught.value, EngineMissing)
     for config in (OnnxConfig(), OpenVINOConfig(), TensorRTRTXConfig()):
         check(config)
+    monkeypatch.setattr(host, "driver_trouble", lambda: "the driver does not start: reboot")
+    with pytest.raises(EngineError, match=r"^trt: the driver does not start: reboot; an engine must be built on"):
+        check(TensorRTConfig())
+    with pytest.raises(EngineError, match=r"^onnx: cuda:0 is not available: the driver does not start: reboot$"):
+        check(OnnxConfig(device="cuda"))
 
 
 @pytest.mark.parametrize("gone", ["cuda", "cuda.bindings"])

@@ -513,6 +513,23 @@ def test_a_larger_budget_is_the_receipts_tolerance(int8: build.Exported) -> None
     assert {row.tolerance.task_loss for row in int8.receipt.rows} == {QUANTIZE.budget}
 
 
+def compile_nothing(source: Artifact, file: Path, *rest: Any) -> dict[str, Any]:
+    """A stand-in for the compiler of a format."""
+    file.write_bytes(b"engine")
+    return {}
+
+
+def test_a_driver_that_does_not_start_is_why_an_engine_is_not_run(
+    quarter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+    monkeypatch.setattr(tensorrt, "compile_tensorrt_rtx", compile_nothing)
+    monkeypatch.setattr(build, "nvidia_gpus", lambda: 0)
+    monkeypatch.setattr(build, "driver_trouble", lambda: "the driver does not start: reboot")
+    receipt = export(quarter, TensorRTRTXConfig(output=tmp_path / "x.engine", photos=1)).receipt
+    assert receipt.note == "the driver does not start: reboot; run `petseg verify` on the device"
+
+
 @pytest.mark.parametrize(
     ("error", "foreign"),
     [
@@ -532,10 +549,6 @@ def test_only_an_engine_for_another_gpu_is_not_run(
         if artifact.format == "onnx":  # the graph that the engine is built from
             return load_engine(artifact, *rest, **options)
         raise error
-
-    def compile_nothing(source: Artifact, file: Path, *rest: Any) -> dict[str, Any]:
-        file.write_bytes(b"engine")
-        return {}
 
     monkeypatch.setattr(tensorrt, "compile_tensorrt_rtx", compile_nothing)
     monkeypatch.setattr(parity, "overlap_warning", lambda *of: "a doubt about the IoU, if it were computed")

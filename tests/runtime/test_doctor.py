@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from petseg.cli import run
-from petseg_runtime import doctor, doctor_probe, onnx_metadata, parity
+from petseg_runtime import doctor, doctor_probe, host, onnx_metadata, parity
 from petseg_runtime.artifact import RECEIPT_KEY, Artifact, open_artifact
 from petseg_runtime.cli.doctor import cpu_lines
 from petseg_runtime.doctor import EngineCheck, Examination, Ffmpeg, RuleLine, ask, check_engine, examine, probe
@@ -201,6 +202,18 @@ def test_without_a_gpu_gpu_engines_are_not_tried() -> None:
     assert check_engine(missing, ()).why == "not tried: no NVIDIA GPU was found, and the engine is not installed"
 
 
+def test_a_driver_that_does_not_start_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petseg_runtime.host.gpus", lambda: ())
+    monkeypatch.setattr("petseg_runtime.host.driver_trouble", lambda: "the driver does not start: reboot")
+    monkeypatch.setattr(doctor, "probe", lambda question: doctor_probe.QUESTIONS[question]())
+    assert doctor.read_gpus() == ((), "the driver does not start: reboot")
+
+
+def test_a_driver_that_crashes_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda question: {"error": "it crashed: SIGSEGV"})
+    assert doctor.read_gpus() == ((), "NVIDIA's driver does not work: it crashed: SIGSEGV; reinstall it")
+
+
 def test_a_crashing_engine_is_one_line_and_the_rest_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "probe", lambda *words, **_: {"error": "it crashed: SIGSEGV"})
     check = check_engine(dataclasses.replace(ORT, device="cuda"), (GPU,), "cuda:1")
@@ -255,6 +268,8 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     installed.append("onnxruntime")
     (problem,) = doctor._problems((GPU,), (check, working), Ffmpeg())
     assert problem.endswith(f", or pip uninstall onnxruntime, then {install('gpu')}"), "or they break each other"
+    spark = dataclasses.replace(GPU, compute_capability="12.1")
+    assert install("rtx") in doctor._problems((spark,), (check, working), Ffmpeg())[0]
     hopper = dataclasses.replace(GPU, compute_capability="9.0")
     assert install("rtx") not in doctor._problems((hopper,), (check, working), Ffmpeg())[0]
     old = dataclasses.replace(GPU, driver="CUDA 12.4")
@@ -263,6 +278,22 @@ def test_an_unused_gpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._problems((), (check, working), Ffmpeg()) == []
     assert install("cpu") in doctor._problems((), (check,), Ffmpeg())[0]
     assert "PyAV does not work (gone)" in doctor._problems((), (), Ffmpeg(error="gone"))[0]
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"), [("CUDA 12.6", "that of an earlier JetPack than 7"), ("CUDA 13.0", "python3-libnvinfer")]
+)
+def test_on_a_jetson_an_unused_gpu_needs_the_systems_tensorrt(
+    driver: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (host, doctor):
+        monkeypatch.setattr(module, "jetson", lambda: True)
+    orin = dataclasses.replace(GPU, compute_capability="8.7", driver=driver)
+    check = EngineCheck(engine="a", device="cuda", packages=(), works=False, why="no", run_by_us=False)
+    working = dataclasses.replace(check, device="cpu", works=True)
+    (problem,) = doctor._problems((orin,), (check, working), Ffmpeg())
+    assert said in problem
+    assert not re.search("onnxruntime|580|tensorrt>=", problem)
 
 
 #: The probes' answers, by their words.

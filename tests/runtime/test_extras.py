@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from petseg_runtime import host
 from petseg_runtime.extras import install, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,15 @@ def test_a_remedy_names_the_extras_packages(monkeypatch: pytest.MonkeyPatch, ext
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: METADATA)
     assert install(extra) == command
     assert shlex.split(command)[2:] == requirements(extra)
+
+
+def test_on_a_jetson_the_packages_for_a_gpu_are_the_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: METADATA)
+    monkeypatch.setattr(host, "jetson", lambda: True)
+    assert install("cpu") == "pip install 'onnxruntime>=1.20'"
+    for extra in ("gpu", "trt", "rtx"):
+        assert "apt install python3-libnvinfer" in install(extra)
+        assert not re.search("onnxruntime-gpu|580|tensorrt>=", install(extra))
 
 
 def test_without_an_installed_petseg_the_remedy_names_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

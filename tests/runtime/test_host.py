@@ -16,7 +16,17 @@ from typing import Any
 import pytest
 
 from petseg_runtime import __version__, host
-from petseg_runtime.host import Gpu, cgroup_limits, cgroup_memory_left, gpus, nvidia_gpus, parse_cpuinfo, versions
+from petseg_runtime.host import (
+    Gpu,
+    cgroup_limits,
+    cgroup_memory_left,
+    driver_trouble,
+    gpus,
+    no_gpu,
+    nvidia_gpus,
+    parse_cpuinfo,
+    versions,
+)
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -264,13 +274,17 @@ class Driver:
         version._obj.value = 12080
         return 0
 
+    def cuGetErrorName(self, code: int, name: Any) -> int:
+        name._obj.value = {3: b"CUDA_ERROR_NOT_INITIALIZED", 999: b"CUDA_ERROR_UNKNOWN"}.get(code)
+        return 0 if name._obj.value else 1
+
 
 @pytest.fixture(autouse=True)
 def uncached() -> Iterator[None]:
     """The driver's answer is cached forever, so clear the cache."""
-    gpus.cache_clear()
+    host._driver.cache_clear()
     yield
-    gpus.cache_clear()
+    host._driver.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -279,12 +293,43 @@ def uncached() -> Iterator[None]:
         (Driver(), 2),
         (Driver(count=0), 0),
         (Driver(init=100), 0),  # CUDA_ERROR_NO_DEVICE
-        (Driver(status=3), 0),
+        (Driver(status=100), 0),
     ],
 )
 def test_the_number_of_gpus_comes_from_the_driver(driver: Driver, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert nvidia_gpus() == count
+    assert (nvidia_gpus(), driver_trouble()) == (count, "")
+    assert no_gpu() == "this machine shows no NVIDIA GPU: install its driver"
+
+
+@pytest.mark.parametrize(
+    ("driver", "failed", "remedy"),
+    [
+        (Driver(init=999), "cuInit: 999 CUDA_ERROR_UNKNOWN", "reboot, or after a suspend, reload"),
+        (Driver(init=803), "cuInit: 803", "reboot, because its library and its kernel module have different versions"),
+        (Driver(init=804), "cuInit: 804", "remove the package cuda-compat"),
+        (Driver(init=802), "cuInit: 802", "start NVIDIA's fabric manager"),
+        (Driver(status=3), "cuDeviceGetCount: 3 CUDA_ERROR_NOT_INITIALIZED", "reboot, or install it again"),
+    ],
+)
+def test_a_driver_that_does_not_start_is_not_taken_for_a_missing_one(
+    driver: Driver, failed: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert nvidia_gpus() == 0
+    assert driver_trouble().startswith(f"NVIDIA's driver is installed but does not start ({failed}): {remedy}")
+    assert no_gpu() == driver_trouble()
+
+
+def test_the_error_codes_with_remedies_are_those_of_cuda() -> None:
+    codes = pytest.importorskip("cuda.bindings.driver").CUresult
+    assert codes.CUDA_ERROR_NO_DEVICE == host._NO_DEVICE
+    assert {codes(code).name.removeprefix("CUDA_ERROR_") for code in host._REMEDIES} == {
+        "SYSTEM_NOT_READY",
+        "SYSTEM_DRIVER_MISMATCH",
+        "COMPAT_NOT_SUPPORTED_ON_DEVICE",
+        "UNKNOWN",
+    }
 
 
 def test_the_gpu_descriptions_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,10 +348,40 @@ def test_the_gpu_descriptions_come_from_the_driver(monkeypatch: pytest.MonkeyPat
         ("unknown", False, False),
     ],
 )
-def test_an_old_driver_gets_two_remedies(driver: str, update: bool, builds: bool) -> None:
+def test_an_old_driver_gets_two_remedies(
+    driver: str, update: bool, builds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     remedy = host.old_driver(driver, "abacus-cu12")
     assert ("update it to 580 or newer" in remedy, "pip install abacus-cu12" in remedy) == (update, builds)
     assert update or remedy == ""
+
+
+def test_on_arm64_an_old_driver_gets_the_only_packages_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    remedy = host.old_driver("CUDA 12.4", host.ONNXRUNTIME_CUDA12)
+    assert remedy.endswith(
+        "update it to 580 or newer, or install TensorRT for CUDA 12 beside petseg in a new environment: pip install "
+        "tensorrt-cu12 'cuda-bindings<13'"
+    )
+
+
+@pytest.mark.parametrize(("driver", "container"), [("CUDA 11.4", False), ("CUDA 12.6", True)])
+def test_on_a_jetson_an_old_driver_belongs_to_jetpack(
+    driver: str, container: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "jetson", lambda: True)
+    remedy = host.old_driver(driver, "abacus-cu12")
+    assert remedy.startswith(f"the driver is for {driver}, that of an earlier JetPack than 7: update JetPack")
+    assert ("a container with Python 3.11 or newer and TensorRT 10.9" in remedy) is container
+    assert not {"580", "abacus-cu12"} & {*remedy.split()}
+
+
+def test_a_jetson_is_known_by_its_kernel_or_its_release_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-51-generic")
+    assert host.jetson() is Path("/etc/nv_tegra_release").exists()
+    monkeypatch.setattr(platform, "release", lambda: "6.8.12-tegra")
+    assert host.jetson()
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +389,7 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    assert nvidia_gpus() == 0
+    assert (nvidia_gpus(), driver_trouble()) == (0, "")
 
 
 FREED = """
@@ -355,6 +430,8 @@ def test_every_engines_packages_are_tracked_as_mask_packages(extra: str) -> None
     needed = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"][extra]
     packages = {re.split(r"[^\w-]", line)[0] for line in needed} - {"cuda-bindings"}
     assert packages
+    # NVIDIA's packages only name the one with the library, which can be installed or replaced by itself.
+    packages |= {f"{name}-cu{major}" for name in packages if name.startswith("tensorrt") for major in (12, 13)}
     assert packages <= {*host.MASK_PACKAGES}
     assert {*host.MASK_PACKAGES} <= {*host.PACKAGES}
 

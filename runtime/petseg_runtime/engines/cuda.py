@@ -48,6 +48,8 @@ class CudaGpu:
     def _check_device(self) -> None:
         status, count = self.cudart.cudaGetDeviceCount()
         if status != self.cudart.cudaError_t.cudaSuccess:
+            if trouble := host.driver_trouble():
+                raise EngineForeign(f"no NVIDIA GPU can be used: {trouble}")
             _, number = self.cudart.cudaDriverGetVersion()
             driver = f"CUDA {number // 1000}.{number % 1000 // 10}"
             hint = f"the driver is for {driver}" if number else "there is no driver: install it"

@@ -267,10 +267,13 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         remedy = f"{away}, then {install('gpu')}"
         if len(both) == 2:
             raise EngineError(f"onnxruntime and onnxruntime-gpu are both installed and break each other: {remedy}")
+        if host.jetson():  # the remedy is another engine, beside which this package can stay
+            remedy = host.JETSON_TENSORRT
         raise EngineMissing(f"the installed onnxruntime was built without CUDA: {remedy}")
     printed = io.StringIO()
-    with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
-        onnxruntime.preload_dlls()
+    if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on; before, the system's CUDA is needed
+        with _REDIRECTING, contextlib.redirect_stdout(printed):  # it prints which libraries it cannot find
+            onnxruntime.preload_dlls()
     try:
         settings = {
             "device_id": str(device.index),
@@ -284,11 +287,11 @@ def _cuda_session(artifact: Artifact, device: Device, *, tf32: bool) -> Any:
         return _session(artifact, _CUDA, settings, 1)
     except EngineError as error:
         there = host.gpus()
-        why = "this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
+        why = f"{host.no_gpu()}, or use --device cpu"
         if there:
             shown = ", ".join(f"cuda:{gpu.index} {gpu.name}, {gpu.driver}" for gpu in there)
             remedy = host.old_driver(there[0].driver, host.ONNXRUNTIME_CUDA12) or (
-                f"the versions of CUDA and cuDNN that this onnxruntime-gpu was built for are needed: {install('gpu')}"
+                f"the versions of CUDA and cuDNN that this ONNX Runtime was built for are needed: {install('gpu')}"
             )
             if device.index >= len(there):  # ONNX Runtime says only "Parse Failed"
                 remedy = f"there is no {device}"

@@ -234,7 +234,8 @@ def choices(form: str, backend: str, wanted: Device | None, *, what: str) -> lis
             )
         return fitting
     lines = [line for line in lines if not line.asked_only]
-    there = [line for line in lines if line.kind != "cuda" or host.nvidia_gpus()]
+    # If the driver does not start, engines that are installed for a GPU say so.
+    there = [line for line in lines if line.kind != "cuda" or host.nvidia_gpus() or host.driver_trouble()]
     return there or lines  # without a GPU, engines that need one raise their own error
 
 
@@ -263,9 +264,7 @@ def _failure(artifact: Artifact, backend: str, wanted: Device | None, skipped: S
     """Combine the errors of all engines that were tried into one."""
     if backend == "auto" and wanted and wanted.kind == "cuda" and not host.nvidia_gpus():
         # Without a GPU it does not matter what the engines lack.
-        return EngineError(
-            f"{wanted} is not available: this machine shows no NVIDIA GPU: install its driver, or use --device cpu"
-        )
+        return EngineError(f"{wanted} is not available: {host.no_gpu()}, or use --device cpu")
     reasons = list(dict.fromkeys(map(str, skipped)))
     if len(reasons) == 1:
         return skipped[0]
@@ -273,6 +272,6 @@ def _failure(artifact: Artifact, backend: str, wanted: Device | None, skipped: S
         return EngineError("; ".join(reasons))
     if backend == "auto" and not wanted:
         able = [entry for entry in ENGINES.values() if artifact.format in entry.formats]
-        remedies = " or ".join(install(entry.extra) for entry in able)
+        remedies = " or ".join(dict.fromkeys(install(entry.extra) for entry in able))
         return EngineMissing(f"no inference engine for {artifact.format} files is installed: {remedies}")
     return EngineMissing("; ".join(reasons))

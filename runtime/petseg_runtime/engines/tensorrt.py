@@ -555,12 +555,12 @@ def _check_built_for(
     if any(ours != theirs for ours, theirs in zip(version.split("."), built.split("."), strict=False)):
         raise EngineError(
             f"{path}: built with {library.title} {built}, and {version} is installed, which cannot load it: "
-            f"install {built}, or {library.remedy}"
+            f"install {built}, {library.remedy(capability)}"
         )
     if "portable" not in targets and capability not in targets:
         raise EngineForeign(
             f"{path}: built for GPUs of compute capability {', '.join(map(str, targets))}, and this one has "
-            f"{capability}: {library.remedy}"
+            f"{capability}: {library.remedy(capability)}"
         )
 
 

@@ -27,10 +27,13 @@ class Library:
     extra: str
     format: str
 
-    @property
-    def remedy(self) -> str:
-        """The remedy for an engine that does not fit this device."""
-        return f"build it again on this device: `petseg export CHECKPOINT --format {self.format}`"
+    def remedy(self, capability: str) -> str:
+        """The remedy for an engine that does not fit this device, whose GPU has that compute capability."""
+        again = f"petseg export CHECKPOINT --format {self.format}"
+        # Only TensorRT for RTX builds for GPUs of other machines.
+        again = f"`{again} --compute-capability {capability}`" if self is RTX else f"`{again}` on this device"
+        run = "run the ONNX file that it was made from, which is compiled here at first use"
+        return f"{run}, or build it again: {again}"
 
     @property
     def cuda12(self) -> str:

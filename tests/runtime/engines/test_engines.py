@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
+import platform
 import re
 import sys
 import threading
@@ -598,7 +599,9 @@ MakeMachine: TypeAlias = Callable[..., FakeMachine]
 def make_machine(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> MakeMachine:
     """Creates a simulated machine; engines that are not mentioned work."""
 
-    def make(behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False) -> FakeMachine:
+    def make(
+        behaviour: dict[str, str] | None = None, *, gpus: int = 0, gain: bool = False, trouble: str = ""
+    ) -> FakeMachine:
         pairs = {tuple(name.split(" on ")): what for name, what in (behaviour or {}).items()}
         machine = FakeMachine(artifact, pairs, gain)  # type: ignore[arg-type]
         module: Any = types.ModuleType("stand_in")
@@ -613,6 +616,7 @@ def make_machine(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> MakeMac
         monkeypatch.setattr(registry, "RULE", rule)
         gpu = Gpu(index=0, name="Stand-in", compute_capability="9.0", memory=2**34, driver="CUDA 13.0")
         monkeypatch.setattr(host, "gpus", lambda: (gpu,) * gpus)
+        monkeypatch.setattr(host, "driver_trouble", lambda: trouble)
         return machine
 
     return make
@@ -647,6 +651,19 @@ def test_without_a_gpu_no_gpu_engine_is_tried(make_machine: MakeMachine) -> None
     machine = make_machine()
     machine.choose()
     assert machine.tried == [("onnxruntime", "cpu")]
+
+
+def test_if_the_driver_does_not_start_the_engines_installed_for_a_gpu_say_so(make_machine: MakeMachine) -> None:
+    told: list[str] = []
+    machine = make_machine({**TENSORRT_LESS, "onnxruntime on cuda": "fails"}, trouble="the driver does not start")
+    info = machine.choose(warn=told.append)
+    assert (info.name, info.device) == ("onnxruntime", "cpu")
+    assert [*info.notes] == told == ["onnxruntime on cuda:0 fails"]
+    machine = make_machine({**TENSORRT_LESS, "onnxruntime on cuda": "missing"}, trouble="the driver does not start")
+    assert machine.choose().notes == (), "nothing that is installed could use the GPU"
+    said = "^cuda:0 is not available: the driver does not start, or use --device cpu$"
+    with pytest.raises(EngineError, match=said):
+        machine.choose(device="cuda")
 
 
 def test_a_failing_engine_is_skipped_with_a_note(make_machine: MakeMachine) -> None:
@@ -1207,8 +1224,9 @@ def test_two_concurrent_loads_restore_stdout(
 
 
 def test_with_an_old_driver_a_failed_session_does_not_suggest_the_same_package(
-    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     gpu_package(RuntimeError("CUDA failure 35"), driver="CUDA 12.4")
     with pytest.raises(EngineError, match="update it to 580 or newer, or install builds for CUDA 12") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
@@ -1217,7 +1235,7 @@ def test_with_an_old_driver_a_failed_session_does_not_suggest_the_same_package(
 
 
 def test_without_a_gpu_a_failed_session_says_there_is_none(
-    artifact: Artifact, gpu_package: Callable[..., list[Any]]
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_package(RuntimeError("CUDA failure 100:\nno CUDA-capable device"), gpus=0)
     with pytest.raises(EngineError) as caught:
@@ -1225,6 +1243,19 @@ def test_without_a_gpu_a_failed_session_says_there_is_none(
     assert "ONNX Runtime cannot load it (CUDA failure 100: no CUDA-capable device)" in str(caught.value)
     assert "this machine shows no NVIDIA GPU: install its driver, or use --device cpu" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.setattr(host, "driver_trouble", lambda: "the driver does not start: reboot")
+    with pytest.raises(EngineError, match=r" \(the driver does not start: reboot, or use --device cpu\)$"):
+        load_engine(artifact, "onnxruntime", device="cuda")
+
+
+def test_an_onnx_runtime_that_preloads_nothing_is_used_as_it_is(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = gpu_package(["CPUExecutionProvider"])
+    monkeypatch.delattr("onnxruntime.preload_dlls")  # before 1.21
+    with pytest.raises(EngineError, match="would run it with CPUExecutionProvider"):
+        load_engine(artifact, "onnxruntime", device="cuda")
+    assert len(calls) == 1
 
 
 def test_a_gpu_that_is_not_there_is_named_instead_of_a_package(
@@ -1271,6 +1302,28 @@ def test_a_package_without_cuda_gives_a_remedy(
     with pytest.raises(EngineError, match=f"^{said} {re.escape(install('gpu'))}$") as caught:
         load_engine(artifact, "onnxruntime", device="cuda")
     assert isinstance(caught.value, EngineMissing) is missing, "a package conflict is noted"
+
+
+def test_on_a_jetson_the_remedy_is_the_systems_tensorrt(
+    artifact: Artifact, gpu_package: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "jetson", lambda: True)
+    gpu_package(["CPUExecutionProvider"])
+    with pytest.raises(EngineError) as failed:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EngineMissing) as without_cuda:
+        load_engine(artifact, "onnxruntime", device="cuda")
+    uninstall("tensorrt", monkeypatch)
+    with pytest.raises(EngineMissing) as missing:
+        load_engine(artifact, "tensorrt", device="cuda")
+    for name in ENGINES:
+        uninstall(name, monkeypatch)
+    with pytest.raises(EngineMissing) as none:
+        load_engine(artifact, device="auto")
+    for message in (str(caught.value) for caught in (failed, without_cuda, missing, none)):
+        assert message.count("apt install python3-libnvinfer") == 1
+        assert not re.search("onnxruntime-gpu|580 or newer|tensorrt>=|pip uninstall", message)
 
 
 # --------------------------------------------------------------------------------------------------------- errors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import platform
 import re
 import sys
 import types
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from petseg_runtime import extras, host
+from petseg_runtime import doctor, extras, host
 from petseg_runtime.engines import tensorrt_build
 from petseg_runtime.engines.tensorrt_build import Profile, build, profile_of, timings_slot
 from petseg_runtime.engines.tensorrt_library import RTX, TRT, Library, Record
@@ -68,6 +69,15 @@ def test_a_library_that_fails_to_import_gives_the_reason(error: Exception, monke
     assert not isinstance(caught.value, EngineMissing)
 
 
+@pytest.mark.tensorrt
+def test_the_gpus_that_the_pages_name_are_those_of_the_library() -> None:
+    """If this fails, the library has changed: see what NVIDIA lists now, and correct doctor and both READMEs."""
+    members = pytest.importorskip("tensorrt_rtx").ComputeCapability.__members__
+    known = {"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}
+    assert {f"{name[2:-1]}.{name[-1]}" for name in members if name.startswith("SM")} == known
+    assert {*doctor._RTX_GPUS} == known - {"7.5", "8.0"}
+
+
 def test_a_placeholder_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", __version__="0.0.1")
     with pytest.raises(EngineError, match=r"holds no library \(it is a placeholder\): pip install '.*' 'tensorrt>="):
@@ -108,6 +118,7 @@ def test_a_library_failing_with_an_old_driver_gives_a_remedy(
 
     install(monkeypatch, "tensorrt", __version__="10.9.0", Builder=refuse, OnnxParser=None, ILogger=Logger)
     monkeypatch.setattr(host, "gpus", lambda: (dataclasses.replace(GPU, driver=driver),))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     with pytest.raises(EngineError, match=r"does not start \(CUDA initialization failure with error: 35") as caught:
         build(b"", None, library=TRT, device=1)
     assert ("update it to 580" in str(caught.value)) is old

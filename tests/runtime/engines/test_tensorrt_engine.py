@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -1270,6 +1271,13 @@ def test_two_engines_are_independent(library: str, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- engines that do not fit this machine
 
 
+#: How an engine for this GPU is built again; the device itself may have neither torch nor the checkpoint.
+AGAIN = {
+    "tensorrt": "`petseg export CHECKPOINT --format trt` on this device",
+    "tensorrt_rtx": "`petseg export CHECKPOINT --format trt-rtx --compute-capability 8.9`",
+}
+
+
 @pytest.mark.parametrize("built", ["10.13.1.6", "10.12", "11.13.2.6", "10.13.2.60"])
 def test_another_version_is_rejected_with_both_versions_and_a_remedy(
     library: str, built: str, tmp_path: Path, world: World
@@ -1277,8 +1285,8 @@ def test_another_version_is_rejected_with_both_versions_and_a_remedy(
     with pytest.raises(EngineError, match=rf"built with .* {re.escape(built)}, and {VERSION} is installed") as caught:
         open_engine(tmp_path, library, environment={"version": built})
     assert str(caught.value).startswith(f"{tmp_path / 'toy.engine'}: ")
-    name = "trt" if library == "tensorrt" else "trt-rtx"
-    assert f"build it again on this device: `petseg export CHECKPOINT --format {name}`" in str(caught.value)
+    assert f": install {built}, run the ONNX file that it was made from, " in str(caught.value)
+    assert str(caught.value).endswith(f", or build it again: {AGAIN[library]}")
     assert "deserialize_cuda_engine" not in world.calls
 
 
@@ -1296,8 +1304,10 @@ def test_another_gpu_is_rejected_with_both_gpus_and_a_remedy(
     library: str, targets: str | list[str], tmp_path: Path, world: World
 ) -> None:
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    with pytest.raises(EngineError, match=rf"compute capability {named}, and this one has 8\.9: build it again"):
+    said = rf"compute capability {named}, and this one has 8\.9: run the ONNX file that it was made from, "
+    with pytest.raises(EngineError, match=said) as caught:
         open_engine(tmp_path, library, environment={"compute_capability": targets})
+    assert str(caught.value).endswith(f", or build it again: {AGAIN[library]}")
     assert "deserialize_cuda_engine" not in world.calls
 
 
@@ -1331,6 +1341,15 @@ def test_a_nonexistent_gpu_is_an_error(
         open_engine(tmp_path, library, device=device)
 
 
+def test_a_driver_that_does_not_start_is_the_reason(
+    library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.driver = 0
+    monkeypatch.setattr(host, "driver_trouble", lambda: "the driver does not start: reboot")
+    with pytest.raises(EngineError, match=r"^no NVIDIA GPU can be used: the driver does not start: reboot$"):
+        open_engine(tmp_path, library)
+
+
 def test_a_driver_that_is_too_old_has_two_remedies(
     library: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1338,6 +1357,7 @@ def test_a_driver_that_is_too_old_has_two_remedies(
         return cudaError_t.cudaErrorInsufficientDriver, None
 
     monkeypatch.setattr(FakeCudart, "cudaGetDeviceCount", insufficient)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     world.driver = 12040
     with pytest.raises(EngineError, match=r"the driver is for CUDA 12\.4.*: update it to 580 or newer, or") as caught:
         open_engine(tmp_path, library)
