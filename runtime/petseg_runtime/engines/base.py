@@ -21,6 +21,7 @@ __all__ = [
     "EngineOptions",
     "check_batch",
     "in_batches",
+    "rounded_batch",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -187,6 +188,15 @@ def check_batch(images: U8, spec: ModelSpec) -> None:
         spec.sized(images.shape[1], images.shape[2])
     except ModelError as error:  # the size is wrong, not the model
         raise UsageError(str(error)) from error
+
+
+def rounded_batch(count: int, most: int) -> int:
+    """The batch size to run ``count`` photos with on a GPU: the next power of two, but at most ``most``.
+
+    In a folder of photos, a batch is as many photos as are ready. At each new size, GPU engines choose or compile
+    kernels, and capture their CUDA graph again, so there should be few sizes.
+    """
+    return min(1 << (count - 1).bit_length(), most)
 
 
 def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:

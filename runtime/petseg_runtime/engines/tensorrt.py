@@ -32,7 +32,7 @@ import numpy.typing as npt
 from petseg_runtime import cache, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
-from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch
+from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, rounded_batch
 from petseg_runtime.engines.cuda import Buffers, CudaGpu
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
 from petseg_runtime.errors import EngineError, EngineForeign, ModelError, UsageError, one_line
@@ -52,8 +52,8 @@ class TensorRTEngine(Engine):
     """One execution context, one CUDA stream, and buffers for the largest batch that the engine was built for.
 
     Calls from several threads take turns. Batches above the profile's maximum are run in parts; batches below its
-    minimum are padded with copies of the last photo, whose results are dropped. A thread that loads, runs or closes the
-    engine has the engine's GPU as its current CUDA device afterwards.
+    minimum, or of a size that is not a power of two, are padded with copies of the last photo, whose results are
+    dropped. A thread that loads, runs or closes the engine has the engine's GPU as its current CUDA device afterwards.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class TensorRTEngine(Engine):
 
     def _run_part(self, images: U8, result: U8) -> None:
         """Run uint8 [n, H, W, 3], n at most the profile's maximum, and write ``result``, uint8 [n, H, W]."""
-        count = max(len(images), self._low[0])
+        count = max(rounded_batch(len(images), self._high[0]), self._low[0])
         shape = (count, *images.shape[1:])
         staged = self._input.host[: math.prod(shape)].reshape(shape)
         staged[: len(images)] = images

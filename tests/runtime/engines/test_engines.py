@@ -1068,6 +1068,18 @@ def test_on_cuda_a_fixed_batch_graph_runs_any_number_of_photos(
             engine.run(noise(1, 32, 16))
 
 
+def test_on_cuda_there_are_few_batch_sizes(
+    on_cuda: Callable[..., Any], toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_cuda(toy(tmp_path / "toy.onnx")) as engine:
+        seen: set[int] = set()
+        run = engine._bound.run
+        monkeypatch.setattr(engine._bound, "run", lambda part: seen.add(len(part)) or run(part))
+        for count in range(1, 18):
+            np.testing.assert_array_equal(engine.run(noise(count, 16, 32)), noise(count, 16, 32)[..., 0])
+    assert seen == {1, 2, 4, 8}
+
+
 @pytest.mark.parametrize(
     ("device", "stored", "exact", "precision"),
     [

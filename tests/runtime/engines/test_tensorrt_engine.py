@@ -614,6 +614,24 @@ def test_any_number_of_photos_is_run_in_padded_batches(
         assert {memory.size for memory in world.memory.values()} == {high * H * W * 3, high * H * W}
 
 
+@pytest.mark.parametrize(("high", "sizes"), [(8, {1, 2, 4, 8}), (6, {1, 2, 4, 6})])
+def test_there_are_few_batch_sizes_because_each_new_one_costs_time(
+    library: str, high: int, sizes: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    set_shape = FakeContext.set_input_shape
+
+    def recorded(context: FakeContext, name: str, shape: tuple[int, ...]) -> Any:
+        seen.add(shape[0])
+        return set_shape(context, name, shape)
+
+    monkeypatch.setattr(FakeContext, "set_input_shape", recorded)
+    with open_engine(tmp_path, library, content(high=(high, H, W, 3))) as engine:
+        for count in range(1, 9):
+            np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
+    assert seen == sizes
+
+
 def test_a_fixed_batch_engines_profile_is_not_queried(library: str, tmp_path: Path) -> None:
     made = content((2, H, W, 3), (2, H, W, 3))
     with open_engine(tmp_path, library, made) as engine:
@@ -813,7 +831,7 @@ def test_kernels_are_cached_once_compiled_and_reused(fakes: None, tmp_path: Path
         assert engine.describe().notes == ("TensorRT for RTX: kernels compiled",)
         assert kernels() == [[1, H, W, 3]]
         engine.run(photos(3))
-    assert kernels() == [[1, H, W, 3], [3, H, W, 3]]
+    assert kernels() == [[1, H, W, 3], [4, H, W, 3]]
     (entry,) = cache.entries()
     before = entry.path.stat()
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
