@@ -442,6 +442,7 @@ class _Job:
                 threads=self.config.threads,
                 checks=checks,
                 watch=self._progress("parity test"),
+                tell=lambda _: self.tell("compiling for the parity test, can take minutes", 0, 0),
             )
 
     def _at_another_size(self) -> Proof | None:

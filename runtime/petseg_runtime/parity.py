@@ -450,6 +450,7 @@ def measure(
     threads: int | None = None,
     checks: Checks = _NO_MORE,
     watch: Callable[[int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Comparison, ...]:
     """Compare an engine in its default precision, and also with ``exact`` if the default is less than float32.
 
@@ -463,6 +464,7 @@ def measure(
         threads: CPU threads; None: as many as this process may use.
         checks: Additional checks.
         watch: Called with the number of photos done so far, from 1 for each row.
+        tell: See :class:`petseg_runtime.engines.base.EngineOptions`.
 
     Returns:
         The results with ``exact``, if any, and those in the default precision.
@@ -473,7 +475,7 @@ def measure(
     """
 
     def row(exact: bool) -> tuple[EngineInfo, Comparison]:
-        with load_engine(artifact, backend, threads, device=device, exact=exact) as engine:
+        with load_engine(artifact, backend, threads, device=device, exact=exact, tell=tell) as engine:
             info = engine.describe()
             return info, compare(engine.run, info, proof, artifact.spec, checks=checks, watch=watch)
 

@@ -168,9 +168,9 @@ def test_the_parity_test_uses_the_requested_device_and_threads(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, exact: bool) -> Engine:
+    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, **more: Any) -> Engine:
         asked.append((backend, threads, device))
-        return load_engine(artifact, backend, threads, device=device, exact=exact)
+        return load_engine(artifact, backend, threads, device=device, **more)
 
     monkeypatch.setattr(parity, "load_engine", load)
     export(checkpoint_copy, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
@@ -235,6 +235,21 @@ def test_progress_is_reported_per_stage(checkpoint_copy: Path, known_graph: None
         "scanning activations",
     ]
     assert [(done, total) for what, done, total in told if what == "reference in PyTorch"] == [(1, 2), (2, 2)]
+
+
+def test_a_compilation_for_the_parity_test_is_a_stage(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def compiles(artifact: Artifact, *args: Any, tell: Callable[[str], None], **more: Any) -> Engine:
+        tell("TensorRT builds an engine, a long text")
+        return load_engine(artifact, *args, tell=tell, **more)
+
+    monkeypatch.setattr(parity, "load_engine", compiles)
+    export(checkpoint_copy, OnnxConfig(photos=1), lambda what, done, total: told.append(what))
+    stages = list(dict.fromkeys(told))
+    assert stages[stages.index("parity test") - 1] == "compiling for the parity test, can take minutes"
 
 
 # ------------------------------------------------------------------------------------------------ labelled photos

@@ -1209,14 +1209,15 @@ def test_a_file_is_loaded_twice_only_if_exact_changes_the_precision(
     """Loading in TensorRT takes long, and it never computes float32 in less."""
     proof, loaded = proof_with(noisy), []
 
-    def load(_: object, backend: str, threads: int | None, *, device: str, exact: bool) -> Abacus:
-        assert (backend, threads, device) == ("abacus", 3, "beads")
+    def load(_: object, backend: str, threads: int | None, *, device: str, exact: bool, tell: object) -> Abacus:
+        assert (backend, threads, device, tell) == ("abacus", 3, "beads", print)
         loaded.append(exact)
         return Abacus(proof, dataclasses.replace(INFO, **(precise if exact else {**alone, "provider": "as it likes"})))
 
     precise = exact
     monkeypatch.setattr(parity, "load_engine", load)
-    rows = parity.measure(toy(tmp_path / "toy.onnx", batch=1), proof, backend="abacus", device="beads", threads=3)
+    artifact = toy(tmp_path / "toy.onnx", batch=1)
+    rows = parity.measure(artifact, proof, backend="abacus", device="beads", threads=3, tell=print)
     assert loaded == loads
     assert [row.engine for row in rows] == ["fake 1.2 (cpu, none)"] * (len(loads) - 1) + ["fake 1.2 (cpu, as it likes)"]
     assert all(row.passed for row in rows)

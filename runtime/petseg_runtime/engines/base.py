@@ -73,7 +73,7 @@ class EngineOptions:
         device: The device to compute on.
         cuda_graph: Launch the network as one CUDA graph if the engine can (TensorRT); turned off only to measure it.
         size: Height and width that a model with a dynamic size will be run at; None: the specification's.
-        tell: Called with a short message before a slow step (a compilation).
+        tell: Called with a short message before a slow step (a compilation, or the wait for another process's).
         notes: Decisions that led to this engine, for :attr:`EngineInfo.notes`.
     """
 

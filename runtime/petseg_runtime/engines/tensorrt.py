@@ -444,15 +444,14 @@ def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> 
     gpu = CudaGpu(imported(CUDART, library), options.device.index, library.cuda12)
     targets = (gpu.capability,) if library is RTX else ()
     profile = _profile(artifact.spec, options)
+    tell = options.tell or (lambda text: None)
+    name = artifact.path.name
+    wait = functools.partial(tell, f"waiting for another process that builds the {library.title} engine of {name}")
 
     def make() -> tuple[bytes, dict[str, Any]]:
         if library is RTX:  # said now, and not after an announcement of minutes
             tensorrt_build.known_targets(trt, targets)
-        if options.tell:
-            options.tell(
-                f"{library.title} builds an engine of {artifact.path.name} for {gpu.name}; the first time, this can "
-                "take minutes"
-            )
+        tell(f"{library.title} builds an engine of {name} for {gpu.name}; the first time, this can take minutes")
         graph = _graph(artifact)
         try:
             built = tensorrt_build.build(
@@ -471,13 +470,13 @@ def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> 
     key = _key(library, trt, gpu, artifact.identity, artifact.spec.name)
     shapes = profile and dataclasses.asdict(profile)
     slot = cache.Slot(dataclasses.replace(key, settings={**key.settings, "profile": shapes}), "engine")
-    engine = cache.compiled(slot, make)
+    engine = cache.compiled(slot, make, wait=wait)
     try:
         return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
     except _NotDeserialized as error:
         if engine.seconds is not None:
             raise
-        engine = cache.compiled(slot, make, again=one_line(error))
+        engine = cache.compiled(slot, make, again=one_line(error), wait=wait)
     return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
 
 

@@ -1024,6 +1024,34 @@ def test_an_onnx_file_is_compiled_once_for_the_requested_gpu(
     assert len(factory.asked) == 1
 
 
+def test_a_compilation_and_the_wait_for_another_are_announced(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, told, waits = toy(tmp_path / "toy.onnx"), [], threading.Event()
+    builds, build = threading.Event(), factory.build
+
+    def build_slowly(*asked: Any, **more: Any) -> tensorrt_build.Built:
+        builds.set()
+        assert waits.wait(60)
+        return build(*asked, **more)
+
+    def tell(what: str) -> None:
+        told.append(what)
+        waits.set()
+
+    monkeypatch.setattr(tensorrt_build, "build", build_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(opened, artifact, library, tell=told.append)
+        assert builds.wait(60)
+        opened(artifact, library, tell=tell).close()
+        first.result().close()
+    title = TITLES[library]
+    assert told == [
+        f"{title} builds an engine of toy.onnx for NVIDIA Toy; the first time, this can take minutes",
+        f"waiting for another process that builds the {title} engine of toy.onnx",
+    ]
+
+
 def test_an_engine_for_a_gpu_that_the_library_does_not_know_is_not_announced(
     factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
 ) -> None:
