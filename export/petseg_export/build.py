@@ -37,6 +37,7 @@ from petseg_runtime.artifact import (
     open_artifact,
     sidecar_of,
     sidecar_text,
+    signature_of,
 )
 from petseg_runtime.errors import (
     CheckpointError,
@@ -405,7 +406,14 @@ class _Job:
         environment = compiler(source, file, self.config, self.tell)
         spec = dataclasses.replace(source.spec, precision=self.spec.precision)
         return dataclasses.replace(
-            source, path=file, format=self.name, spec=spec, receipt={}, onnx=None, environment=environment
+            source,
+            path=file,
+            format=self.name,
+            spec=spec,
+            receipt={},
+            onnx=None,
+            environment=environment,
+            signature=signature_of(file, self.name),
         )
 
     def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 
 from petseg_runtime import cache, host
-from petseg_runtime.artifact import Artifact
+from petseg_runtime.artifact import Artifact, open_artifact, sidecar_of, sidecar_text
 from petseg_runtime.engines import tensorrt, tensorrt_build
 from petseg_runtime.engines.base import Device, EngineOptions
 from petseg_runtime.engines.registry import load_engine
@@ -1182,6 +1182,18 @@ def test_a_compiled_file_is_loaded_unchanged(library: str, factory: Factory, tmp
         assert engine.describe().notes[0] == "passed over"
         assert not any("compiled in" in note for note in engine.describe().notes)
     assert factory.asked == []
+
+
+def test_a_compiled_file_that_changed_after_it_was_opened_is_rejected(library: str, tmp_path: Path) -> None:
+    path, name = tmp_path / "toy.engine", "trt" if library == "tensorrt" else "trt-rtx"
+    path.write_text(json.dumps(content()))
+    environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
+    sidecar_of(path).write_text(sidecar_text(Artifact(path, name, SPEC, {}, {}, "", 0, None, environment)))
+    artifact = open_artifact(path)
+    load_engine(artifact, NAMES[library], device="cuda").close()
+    path.write_text(json.dumps(content(high=(16, H, W, 3))))
+    with pytest.raises(ModelError, match=r"toy\.engine: changed while it was loaded"):
+        load_engine(artifact, NAMES[library], device="cuda")
 
 
 @pytest.mark.tensorrt
