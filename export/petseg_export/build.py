@@ -37,6 +37,7 @@ from petseg_runtime.artifact import (
     open_artifact,
     sidecar_of,
     sidecar_text,
+    signature_of,
 )
 from petseg_runtime.errors import (
     CheckpointError,
@@ -68,6 +69,8 @@ SCANNED: Final = 8
 SHARED: Final = "judged_on_photos_of_the_receipt"
 #: Key in a receipt's ``quantization``: why int8 may have been chosen on training photos, or None.
 DOUBT: Final = "doubt"
+#: The kind of layer that TensorRT for RTX calls a convolution.
+_CONVOLUTION: Final = "correlation"
 #: Photos of the test at a second size, for a graph with dynamic height and width.
 ANOTHER_SIZE: Final = 3
 
@@ -133,12 +136,13 @@ def export(checkpoint_path: str | os.PathLike[str], config: ExportConfig, watch:
         job = _Job(name, form, config, path, model, loaded, spec, given, provenance, photos, doubt, tell)
         try:
             with staging(output) as folder:
-                receipt = job.run(folder / output.name)
+                receipt, environment = job.run(folder / output.name)
                 others = sorted(file.name for file in folder.iterdir() if file.name != output.name)
         except OSError as error:
             raise OutputError(f"{output}: cannot be written ({error.strerror or error})") from error
     files = (output, *(output.with_name(other) for other in others))
-    return Exported(output, files, receipt, (*_size_notes(path, loaded, spec), *_receipt_notes(receipt)))
+    notes = (*_size_notes(path, loaded, spec), *_receipt_notes(receipt), *_engine_notes(environment))
+    return Exported(output, files, receipt, notes)
 
 
 def _output_files(output: Path, name: str) -> list[Path]:
@@ -171,6 +175,24 @@ def _size_notes(path: Path, loaded: checkpoint.Checkpoint, spec: ModelSpec) -> t
     before, now = f"{trained.get('height')} x {trained.get('width')}", f"{spec.height} x {spec.width}"
     remedy = "measure them with `petseg evaluate`, or train at that size"
     return (f"{path}: trained at {before}; at {now} its masks may be much worse: {remedy}",)
+
+
+def _engine_notes(environment: dict[str, Any]) -> tuple[str, ...]:
+    """A warning if most int8 convolutions of an engine write float, which other kernels convert back to int8.
+
+    TensorRT for RTX 1.7 builds every int8 graph so; its documentation lists int8 only for the weights of matrix
+    products.
+    """
+    rows = environment.get("engine", {}).get("computed") or ()
+    convolutions = [row for row in rows if row["layer"] == _CONVOLUTION and "int8" in row["reads"]]
+    count = sum(row["count"] for row in convolutions)
+    wide = sum(row["count"] for row in convolutions if "int8" not in row["writes"])
+    if 2 * wide <= count:
+        return ()
+    return (
+        f"{wide} of {count} int8 convolutions write float in this library, which is converted to int8 again: "
+        "--precision fp16 is probably faster (not measured by us)",
+    )
 
 
 def _receipt_notes(receipt: Receipt) -> tuple[str, ...]:
@@ -261,8 +283,8 @@ class _Job:
     doubt: str
     tell: Watch
 
-    def run(self, file: Path) -> Receipt:
-        """Write the file and its companions into the folder of ``file``, and return the receipt.
+    def run(self, file: Path) -> tuple[Receipt, dict[str, Any]]:
+        """Write the file and its companions into the folder of ``file``; return its receipt and its environment.
 
         Raises:
             ParityError: The file does not agree with the checkpoint.
@@ -297,7 +319,7 @@ class _Job:
             metadata = {**_metadata(source), RECEIPT_KEY: json.dumps(receipt.as_dict())}
             file.write_bytes(with_metadata(file.read_bytes(), metadata))
         proof_of(file).write_bytes(travelling.to_bytes())
-        return receipt
+        return receipt, target.environment
 
     def _source(self, file: Path, proof: Proof) -> tuple[Artifact, dict[str, Any] | None]:
         """Write the ONNX file that everything else is made from; return it and how its int8 was chosen."""
@@ -405,7 +427,14 @@ class _Job:
         environment = compiler(source, file, self.config, self.tell)
         spec = dataclasses.replace(source.spec, precision=self.spec.precision)
         return dataclasses.replace(
-            source, path=file, format=self.name, spec=spec, receipt={}, onnx=None, environment=environment
+            source,
+            path=file,
+            format=self.name,
+            spec=spec,
+            receipt={},
+            onnx=None,
+            environment=environment,
+            signature=signature_of(file, self.name),
         )
 
     def _rows(self, target: Artifact, proof: Proof, budget: float | None) -> tuple[tuple[Comparison, ...], str]:
@@ -443,6 +472,7 @@ class _Job:
                 threads=self.config.threads,
                 checks=checks,
                 watch=self._progress("parity test"),
+                tell=lambda _: self.tell("compiling for the parity test, can take minutes", 0, 0),
             )
 
     def _at_another_size(self) -> Proof | None:

@@ -22,7 +22,8 @@ from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import Device
 from petseg_runtime.engines.registry import ENGINES, choices
-from petseg_runtime.engines.tensorrt_library import bindings
+from petseg_runtime.engines.tensorrt_build import known_targets
+from petseg_runtime.engines.tensorrt_library import RTX, bindings, imported
 from petseg_runtime.errors import EngineError, EngineMissing, MissingExtra, UsageError
 from petseg_runtime.extras import install
 
@@ -148,11 +149,12 @@ def _cuda_bindings() -> bool:
 
 
 def check(config: ExportConfig) -> None:
-    """Check that this machine can do the requested export; imports nothing heavy.
+    """Check that this machine can do the requested export; imports nothing heavy, or only TensorRT for RTX.
 
     Raises:
         MissingExtra: A required package is not installed.
-        EngineError: A required GPU is missing; EngineMissing: no engine for the parity test is installed.
+        EngineError: A required GPU is missing, or TensorRT for RTX does not know a requested compute capability;
+            EngineMissing: no engine for the parity test is installed.
         UsageError: The suffix or the precision is not one of the format's, int8 has no data, or an option has no
             effect.
     """
@@ -164,6 +166,8 @@ def check(config: ExportConfig) -> None:
         raise UsageError(f"{name} supports {', '.join(form.precisions)}, not {config.precision}")
     if error := why_not(form):
         raise type(error)(f"{name}: {error}")
+    if isinstance(config, TensorRTRTXConfig) and config.compute_capabilities:
+        known_targets(imported(RTX.module, RTX), config.compute_capabilities)
     if config.precision == "int8" and not (isinstance(config, CompiledConfig) and config.onnx):
         if (config.quantize.data or config.data) is None:
             raise UsageError("int8 is calibrated and evaluated on labelled photos: give their folder with --data")

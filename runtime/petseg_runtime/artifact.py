@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from petseg_runtime import onnx_metadata
 from petseg_runtime.errors import ModelError
@@ -31,6 +31,7 @@ __all__ = [
     "sample_photos",
     "sidecar_of",
     "sidecar_text",
+    "signature_of",
 ]
 
 PROVENANCE_KEY: Final = "petseg.provenance"
@@ -46,6 +47,9 @@ COMPILED: Final = {"openvino": (".xml", (".bin",)), "trt": (".engine", ()), "trt
 
 SCHEMA_VERSION: Final = 1
 MAX_SIDECAR: Final = 16 * 2**20
+
+#: Inode, size and time of the last change of each file; None for one that is not there.
+Signature: TypeAlias = tuple[tuple[int, int, int] | None, ...]
 
 _MODELS: Final = Path(__file__).parent / "models"
 
@@ -64,6 +68,7 @@ class Artifact:
         size: Size in bytes of all files that belong to it.
         onnx: The header of an ONNX file: inputs, outputs, opset. None for a compiled file.
         environment: What a compiled file was built for and needs. Empty for ONNX.
+        signature: See :func:`signature_of`; of its files before they were read.
     """
 
     path: Path
@@ -75,6 +80,16 @@ class Artifact:
     size: int
     onnx: onnx_metadata.OnnxFile | None
     environment: dict[str, Any]
+    signature: Signature = field(default=(), compare=False)
+
+    def check_unchanged(self) -> None:
+        """Check, without reading them again, that its files are still those that were opened.
+
+        Raises:
+            ModelError: One of them was replaced, removed or written to.
+        """
+        if signature_of(self.path, self.format) != self.signature:
+            raise ModelError(f"{self.path}: changed while it was loaded: load it again")
 
     def check_same(self, identity: str) -> None:
         """Check that the ONNX file, read again and found to have this identity, still has the same graph.
@@ -113,6 +128,7 @@ def open_artifact(path: Path) -> Artifact:
         return _open_compiled(path)
     if path.suffix == CHECKPOINT_SUFFIX and path.exists():
         raise ModelError(f"{path}: is a checkpoint; export it first: `petseg export {path}`")
+    signature = signature_of(path, "onnx")
     onnx = onnx_metadata.read(path)
     if SPEC_KEY not in onnx.metadata:
         raise ModelError(
@@ -132,7 +148,7 @@ def open_artifact(path: Path) -> Artifact:
             f"{path}: damaged, or changed since it was exported: its graph is not the one that its receipt certifies "
             "(the SHA-256 digests differ); copy it again, or export it again"
         )
-    return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {})
+    return Artifact(path, "onnx", spec, provenance, receipt, onnx.identity, onnx.size, onnx, {}, signature)
 
 
 def sidecar_text(artifact: Artifact) -> str:
@@ -172,7 +188,7 @@ def _open_compiled(path: Path) -> Artifact:
         raise ModelError(f"{sidecar}: not a sidecar file written by petseg ({error!r})") from error
     except ModelError as error:
         raise ModelError(f"{sidecar}: {_short(error)}") from error
-    files = _files(path, name)
+    files, signature = _files(path, name), signature_of(path, name)
     for file in files:
         if not file.is_file():
             raise ModelError(f"{file}: missing; it belongs to {path.name}")
@@ -181,7 +197,25 @@ def _open_compiled(path: Path) -> Artifact:
                 f"{file}: not the file that {sidecar.name} describes (its SHA-256 differs); export it again"
             )
     size = sum(file.stat().st_size for file in files)
-    return Artifact(path, name, spec, identity=identity, size=size, onnx=None, **objects)
+    return Artifact(path, name, spec, identity=identity, size=size, onnx=None, signature=signature, **objects)
+
+
+def signature_of(path: Path, name: str) -> Signature:
+    """The signature of the files of a model, which shows at no cost whether an engine read the files that were checked.
+
+    Args:
+        path: The main file.
+        name: Its format.
+    """
+    return tuple(map(_signature, _files(path, name)))
+
+
+def _signature(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except (OSError, ValueError):  # ValueError: no file has such a name
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
@@ -201,7 +235,7 @@ def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
 
 
 def _files(path: Path, name: str) -> list[Path]:
-    return [path, *(path.with_suffix(suffix) for suffix in COMPILED[name][1])]
+    return [path, *(path.with_suffix(suffix) for suffix in COMPILED.get(name, ("", ()))[1])]
 
 
 def _sha256(path: Path) -> str:

@@ -243,7 +243,13 @@ def _users_folder() -> Path | None:
     return place if place.is_absolute() else None  # older versions of platformdirs return a relative path, "~/..."
 
 
-def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, again: str = "") -> Compiled:
+def compiled(
+    slot: Slot,
+    make: Callable[[], tuple[bytes, dict[str, Any]]],
+    *,
+    again: str = "",
+    wait: Callable[[], None] = lambda: None,
+) -> Compiled:
     """Return a compiled file from the cache, or compile it and add it to the cache.
 
     If several processes or threads need the same file at the same time, one compiles it and the others wait.
@@ -252,6 +258,7 @@ def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, ag
         slot: The file's place in the cache.
         make: Compiles the file; returns its content and a description (JSON values).
         again: Why a cached file must not be used; "" if it may.
+        wait: Called before waiting for another process or thread that compiles the file.
 
     Raises:
         Exception: Any exception of ``make``. If the cache cannot be used, that is not an error.
@@ -264,7 +271,7 @@ def compiled(slot: Slot, make: Callable[[], tuple[bytes, dict[str, Any]]], *, ag
         if folder is not None:
             try:
                 _make_own(folder)
-                held.enter_context(_locked(slot.path(folder)))
+                held.enter_context(_locked(slot.path(folder), wait))
                 outdated = _outdated(folder, slot)
             except OSError as error:
                 folder, not_kept = None, _reason(error)
@@ -452,8 +459,12 @@ def _read_own(path: Path, limit: int | None = None) -> bytes:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Lock an entry against all other processes and threads; the system releases the lock if this process dies.
+
+    Args:
+        path: The entry.
+        wait: Called before waiting for another process or thread that has locked it.
 
     Raises:
         OSError: The file system does not support locks, or cannot be written to.
@@ -463,7 +474,11 @@ def _locked(path: Path) -> Iterator[None]:
     while True:
         lock = os.open(file, flags, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_at(lock, file):  # the cache was cleared meanwhile, so that this lock excludes nobody
                 continue
             yield

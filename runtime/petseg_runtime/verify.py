@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,6 +86,7 @@ def verify_file(
     threads: int | None = None,
     proof: Path | None = None,
     device: str = "auto",
+    tell: Callable[[str], None] | None = None,
 ) -> Verification:
     """Verify a model file and the pre- and postprocessing, as ``petseg verify`` does; see :func:`verify_artifact`.
 
@@ -94,7 +95,8 @@ def verify_file(
     """
     from petseg_runtime.road import verify_road
 
-    return Verification(network=verify_artifact(artifact, backend, threads, proof, device), road=verify_road())
+    network = verify_artifact(artifact, backend, threads, proof, device, tell)
+    return Verification(network=network, road=verify_road())
 
 
 def verify_engine(artifact: Artifact, engine: Engine, proof: Path | None = None) -> Verification:
@@ -124,6 +126,7 @@ def verify_artifact(
     threads: int | None = None,
     proof: Path | None = None,
     device: str = "auto",
+    tell: Callable[[str], None] | None = None,
 ) -> Receipt:
     """Compare a model file, in an engine of this device, with the checkpoint's outputs recorded at export.
 
@@ -134,6 +137,7 @@ def verify_artifact(
         proof: The parity record, which may be another one of this checkpoint than the file was exported with; None:
             ``FILE.parity.npz`` beside the file, which must be the one it was exported with.
         device: The device that it runs on, or ``auto``.
+        tell: Called with a short text before a slow step (compiling the model for this GPU).
 
     Returns:
         The receipt; its ``passed`` is the verdict.
@@ -146,7 +150,8 @@ def verify_artifact(
     from petseg_runtime.parity import measure  # imports numpy, which `petseg info` does not need
 
     photos = proof_for(artifact, proof)
-    return _receipt(artifact, photos, measure(artifact, photos, backend=backend, device=device, threads=threads))
+    rows = measure(artifact, photos, backend=backend, device=device, threads=threads, tell=tell)
+    return _receipt(artifact, photos, rows)
 
 
 def proof_for(artifact: Artifact, proof: Path | None = None) -> Proof:

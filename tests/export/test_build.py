@@ -23,7 +23,7 @@ from petseg.checkpoint import Checkpoint, save_checkpoint
 from petseg.data import Split, find
 from petseg.evaluate import evaluate, open_model
 from petseg.reference import torch_run
-from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, build, export
+from petseg_export import ExportConfig, OnnxConfig, OpenVINOConfig, TensorRTRTXConfig, build, export
 from petseg_export.registry import FORMATS, format_of
 from petseg_runtime import parity
 from petseg_runtime.artifact import Artifact, open_artifact
@@ -168,9 +168,9 @@ def test_the_parity_test_uses_the_requested_device_and_threads(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, exact: bool) -> Engine:
+    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, **more: Any) -> Engine:
         asked.append((backend, threads, device))
-        return load_engine(artifact, backend, threads, device=device, exact=exact)
+        return load_engine(artifact, backend, threads, device=device, **more)
 
     monkeypatch.setattr(parity, "load_engine", load)
     export(checkpoint_copy, OnnxConfig(photos=1, backends=("onnxruntime",), threads=3, device="cpu"))
@@ -235,6 +235,21 @@ def test_progress_is_reported_per_stage(checkpoint_copy: Path, known_graph: None
         "scanning activations",
     ]
     assert [(done, total) for what, done, total in told if what == "reference in PyTorch"] == [(1, 2), (2, 2)]
+
+
+def test_a_compilation_for_the_parity_test_is_a_stage(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def compiles(artifact: Artifact, *args: Any, tell: Callable[[str], None], **more: Any) -> Engine:
+        tell("TensorRT builds an engine, a long text")
+        return load_engine(artifact, *args, tell=tell, **more)
+
+    monkeypatch.setattr(parity, "load_engine", compiles)
+    export(checkpoint_copy, OnnxConfig(photos=1), lambda what, done, total: told.append(what))
+    stages = list(dict.fromkeys(told))
+    assert stages[stages.index("parity test") - 1] == "compiling for the parity test, can take minutes"
 
 
 # ------------------------------------------------------------------------------------------------ labelled photos
@@ -630,6 +645,45 @@ def test_a_graph_that_violates_the_contract_is_a_parity_error(
     with pytest.raises(error, match=told):
         export(checkpoint_copy, OnnxConfig())
     assert list(content(checkpoint_copy.parent)) == ["best.safetensors"]
+
+
+def layer(kind: str, reads: str, writes: str, count: int) -> dict[str, Any]:
+    return {"layer": kind, "reads": [reads], "writes": [writes], "count": count}
+
+
+@pytest.mark.parametrize(
+    ("computed", "noted"),
+    [
+        ([layer("correlation", "int8", "fp32", 35), layer("kgen", "fp32", "int8", 27)], True),
+        ([layer("correlation", "int8", "fp16", 2), layer("correlation", "int8", "int8", 1)], True),
+        ([layer("correlation", "int8", "int8", 34), layer("correlation", "int8", "fp32", 1)], False),
+        ([layer("correlation", "fp16", "fp16", 35), layer("kgen", "int8", "fp32", 4)], False),
+        (None, False),
+    ],
+    ids=["as in RTX 1.7", "most", "the last one only", "fp16", "unknown"],
+)
+def test_int8_convolutions_that_write_float_are_reported(computed: Any, noted: bool) -> None:
+    notes = build._engine_notes({"library": "tensorrt_rtx", "engine": {"computed": computed}})
+    assert [note.partition(": ")[2] for note in notes] == (
+        ["--precision fp16 is probably faster (not measured by us)"] if noted else []
+    )
+    assert build._engine_notes({}) == ()
+
+
+@pytest.mark.tensorrt
+def test_an_engines_notes_are_among_those_of_its_export(
+    checkpoint_copy: Path, known_graph: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'petseg[rtx]'")
+
+    def compiler(onnx: Artifact, output: Path, config: TensorRTRTXConfig, watch: Any) -> dict[str, Any]:
+        output.write_bytes(b"an engine")
+        return {"library": "tensorrt_rtx", "engine": {"computed": [layer("correlation", "int8", "fp32", 35)]}}
+
+    monkeypatch.setattr("petseg_export.tensorrt.compile_tensorrt_rtx", compiler)
+    monkeypatch.setattr(build, "nvidia_gpus", lambda: 0)
+    done = export(checkpoint_copy, TensorRTRTXConfig(photos=1))
+    assert any(note.startswith("35 of 35 int8 convolutions write float") for note in done.notes)
 
 
 # ------------------------------------------------------------------------------------------------ requests

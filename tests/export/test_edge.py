@@ -158,3 +158,4 @@ def test_an_rtx_engine_is_built(precision: str, edge: Path, int8: build.Exported
     done = export(edge, TensorRTRTXConfig(output=tmp_path / "x.engine", precision=precision, onnx=given))
     computed = {kind for row in open_artifact(done.path).environment["engine"]["computed"] for kind in row["reads"]}
     assert precision in computed
+    assert any("int8 convolutions write float" in note for note in done.notes) == (precision == "int8")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,18 @@ def test_an_engine_that_does_not_run_the_format_is_rejected_early(config: Export
 def test_a_device_that_does_not_run_the_format_is_rejected_early(config: ExportConfig, said: str) -> None:
     with pytest.raises(EngineError, match=said):
         check(config)
+
+
+@pytest.mark.usefixtures("everything")
+def test_an_unknown_compute_capability_is_rejected_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the builder, after the parity test of the graph and minutes of int8."""
+    known = types.SimpleNamespace(__members__={"NONE": 0, "SM89": 89, "SM120": 120})
+    library = types.SimpleNamespace(__version__="1.7", ComputeCapability=known)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library)
+    check(TensorRTRTXConfig(compute_capabilities=("8.9", "12.0")))
+    said = r"TensorRT for RTX 1\.7 cannot build for compute capability 9\.0; it supports 8\.9, 12\.0"
+    with pytest.raises(EngineError, match=said):
+        check(TensorRTRTXConfig(compute_capabilities=("8.9", "9.0")))
 
 
 @pytest.mark.usefixtures("everything")

@@ -335,6 +335,28 @@ def test_a_sidecar_is_read_back(compiled: Artifact) -> None:
     assert read.spec == SPEC
 
 
+def test_any_change_of_a_models_files_is_noticed(compiled: Artifact) -> None:
+    for file in (compiled.path.with_suffix(suffix) for suffix in (compiled.path.suffix, *COMPILED[compiled.format][1])):
+        for change in ("longer", "touched", "replaced", "gone"):
+            read = open_artifact(compiled.path)
+            read.check_unchanged()
+            content, times = file.read_bytes(), file.stat()
+            if change == "longer":
+                file.write_bytes(content + b"x")
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            elif change == "touched":
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+            else:
+                file.rename(file.with_name("aside"))
+            if change == "replaced":
+                file.write_bytes(content)
+                os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+            with pytest.raises(ModelError, match="changed while it was loaded: load it again") as caught:
+                read.check_unchanged()
+            assert str(caught.value).startswith(f"{compiled.path}: ")
+            file.write_bytes(content)
+
+
 def test_a_sidecar_is_found_by_the_full_file_name(compiled: Artifact) -> None:
     sidecar = sidecar_of(compiled.path)
     assert sidecar.name == f"a model.v2{compiled.path.suffix}.json"

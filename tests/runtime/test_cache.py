@@ -491,6 +491,22 @@ def test_concurrent_threads_compile_an_entry_only_once(folder: Path) -> None:
         assert set(pool.map(want, range(4))) == {b"compiled 1"}
 
 
+def test_waiting_for_another_compilation_is_announced(folder: Path, make: Compiler) -> None:
+    told, begun, waits = [], threading.Event(), threading.Event()
+
+    def compile_slowly() -> tuple[bytes, dict[str, Any]]:
+        begun.set()
+        assert waits.wait(60)
+        return make()
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(compiled, SLOT, compile_slowly, wait=lambda: told.append("first"))
+        assert begun.wait(60)
+        assert compiled(SLOT, make, wait=waits.set) == compiled(SLOT, make)
+        assert first.result().note.startswith("compiled in")
+    assert (told, make.count) == ([], 1)
+
+
 # ------------------------------------------------------------------------------------------------- listing and clearing
 
 

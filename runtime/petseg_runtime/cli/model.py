@@ -167,6 +167,10 @@ def _verdict(artifact: Artifact, done: Verification, place: Path | None) -> list
     return [*lines, ("result", f"in {place}")] if place else lines
 
 
+def _tell(what: str) -> None:
+    click.echo(f"petseg: {shown(what)}", err=True)
+
+
 def _limit(allowed: float | None, unit: str = "") -> str:
     return "" if allowed is None else f" (limit {allowed:g}{unit})"
 
@@ -213,7 +217,7 @@ def verify(
     place = output or (sidecar_of(artifact.path) if file else None)
     if place and place.exists() and any(place.samefile(part) for part in parts_of(artifact, proof) if part.exists()):
         raise OutputError(f"{place}: is part of the model and must not be overwritten; choose another --output")
-    done = verify_file(artifact, backend, threads, proof, device)
+    done = verify_file(artifact, backend, threads, proof, device, None if quiet else _tell)
     receipt, result = done.network, record(artifact, done)
     result = with_others(result, artifact, place) if place else result
     if as_json:
@@ -221,14 +225,14 @@ def verify(
     elif not quiet:
         click.echo("\n".join(f"{name:>10}  {shown(value)}" for name, value in _verdict(artifact, done, place)))
     for note in () if quiet else dict.fromkeys(note for row in receipt.rows for note in row.notes):
-        click.echo(f"petseg: {shown(note)}", err=True)
+        _tell(note)
     for failure in done.failures:
-        click.echo(f"petseg: {shown(failure)}", err=True)
+        _tell(failure)
     try:
         if place:
             save(result, place)  # last, so that the report is printed even if this fails
     except OutputError as error:
         if done.passed:
             raise
-        click.echo(f"petseg: {shown(error)}", err=True)  # the failed verification matters more: it sets the exit code
+        _tell(str(error))  # the failed verification matters more: it sets the exit code
     return 0 if done.passed else ParityError.exit_code

@@ -21,6 +21,7 @@ __all__ = [
     "EngineOptions",
     "check_batch",
     "in_batches",
+    "rounded_batch",
 ]
 
 U8: TypeAlias = npt.NDArray[np.uint8]
@@ -72,7 +73,7 @@ class EngineOptions:
         device: The device to compute on.
         cuda_graph: Launch the network as one CUDA graph if the engine can (TensorRT); turned off only to measure it.
         size: Height and width that a model with a dynamic size will be run at; None: the specification's.
-        tell: Called with a short message before a slow step (a compilation).
+        tell: Called with a short message before a slow step (a compilation, or the wait for another process's).
         notes: Decisions that led to this engine, for :attr:`EngineInfo.notes`.
     """
 
@@ -187,6 +188,15 @@ def check_batch(images: U8, spec: ModelSpec) -> None:
         spec.sized(images.shape[1], images.shape[2])
     except ModelError as error:  # the size is wrong, not the model
         raise UsageError(str(error)) from error
+
+
+def rounded_batch(count: int, most: int) -> int:
+    """The batch size to run ``count`` photos with on a GPU: the next power of two, but at most ``most``.
+
+    In a folder of photos, a batch is as many photos as are ready. At each new size, GPU engines choose or compile
+    kernels, and capture their CUDA graph again, so there should be few sizes.
+    """
+    return min(1 << (count - 1).bit_length(), most)
 
 
 def in_batches(run: Callable[[U8], U8], images: U8, size: int) -> U8:

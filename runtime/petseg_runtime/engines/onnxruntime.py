@@ -29,6 +29,7 @@ from petseg_runtime.engines.base import (
     EngineOptions,
     check_batch,
     in_batches,
+    rounded_batch,
 )
 from petseg_runtime.errors import EngineError, EngineMissing, one_line
 from petseg_runtime.extras import install
@@ -48,6 +49,9 @@ _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 
 _ARM: Final = platform.machine().lower() in ("aarch64", "arm64")
+
+#: The largest batch on a GPU, if the graph accepts any.
+_MAX_BATCH: Final = 8
 
 #: Held while stdout, which all threads share, is redirected: of two threads that redirect it at once, the second would
 #: restore the first one's buffer instead of stdout.
@@ -118,8 +122,9 @@ class OnnxRuntimeEngine(Engine):
 class OnnxRuntimeCudaEngine(Engine):
     """An ONNX Runtime session with the CUDA execution provider.
 
-    Input and output are bound to device buffers, which are reused for consecutive batches of the same shape. Calls from
-    several threads take turns.
+    Input and output are bound to device buffers, which are reused for consecutive batches of the same shape. Batches
+    above eight photos are run in parts; those of a size that is not a power of two are padded, as in TensorRT. Calls
+    from several threads take turns.
     """
 
     def __init__(self, artifact: Artifact, options: EngineOptions) -> None:
@@ -151,7 +156,8 @@ class OnnxRuntimeCudaEngine(Engine):
             if self._session is None:
                 raise EngineError("the engine is closed")
             try:
-                return in_batches(self._bound.run, images, self.spec.batch)
+                size = self.spec.batch or rounded_batch(len(images), _MAX_BATCH)
+                return in_batches(self._bound.run, images, size)
             except Exception as error:
                 raise EngineError(f"ONNX Runtime on {self._device} failed ({one_line(error)})") from error
 
@@ -170,7 +176,7 @@ class OnnxRuntimeCudaEngine(Engine):
             provider=f"{_CUDA}, {gpu.name if gpu else 'unknown GPU'}{rest}",
             precision=computed[self.spec.precision],
             threads=0,
-            batch=self.spec.batch or 8,
+            batch=self.spec.batch or _MAX_BATCH,
             notes=self._notes,
             float32=wide,
         )

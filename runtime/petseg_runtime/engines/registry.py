@@ -12,7 +12,7 @@ from typing import Any, Final
 from petseg_runtime import host
 from petseg_runtime.artifact import Artifact
 from petseg_runtime.engines.base import Device, Engine, EngineOptions
-from petseg_runtime.errors import EngineError, EngineMissing, UsageError, one_line
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError, one_line
 from petseg_runtime.extras import install
 
 __all__ = ["ENGINES", "MAX_THREADS", "RULE", "Choice", "EngineEntry", "choices", "load_engine"]
@@ -176,7 +176,7 @@ def load_engine(
         )
         try:
             if choice.gain is None or _function(choice, choice.gain)(artifact.spec, options):
-                engine: Engine = _function(choice, ENGINES[choice.engine].loader)(artifact, options)
+                engine = _loaded(choice, artifact, options)
                 for why in notes:
                     warn(why)
                 return engine
@@ -184,6 +184,22 @@ def load_engine(
             _clear_frames(error, handled)
             skipped.append(error)
     raise _failure(artifact, backend, wanted, skipped)
+
+
+def _loaded(choice: Choice, artifact: Artifact, options: EngineOptions) -> Engine:
+    """Load a model in an engine, which reads the files again, and check that they are still those that were opened.
+
+    Raises:
+        EngineError: The engine cannot load it.
+        ModelError: The files have changed, so that neither their digests nor the receipt apply.
+    """
+    engine: Engine = _function(choice, ENGINES[choice.engine].loader)(artifact, options)
+    try:
+        artifact.check_unchanged()
+    except ModelError:
+        engine.close()
+        raise
+    return engine
 
 
 def _clear_frames(error: BaseException, handled: BaseException | None) -> None:

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from petseg_runtime import cache, onnx_metadata
 from petseg_runtime.artifact import INPUT, OUTPUT, Artifact
 from petseg_runtime.engines import tensorrt_build
-from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch
+from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions, check_batch, rounded_batch
 from petseg_runtime.engines.cuda import Buffers, CudaGpu
 from petseg_runtime.engines.tensorrt_library import CUDART, LIBRARIES, RTX, TRT, Library, imported, logger_of
 from petseg_runtime.errors import EngineError, EngineForeign, ModelError, UsageError, one_line
@@ -52,8 +52,8 @@ class TensorRTEngine(Engine):
     """One execution context, one CUDA stream, and buffers for the largest batch that the engine was built for.
 
     Calls from several threads take turns. Batches above the profile's maximum are run in parts; batches below its
-    minimum are padded with copies of the last photo, whose results are dropped. A thread that loads, runs or closes the
-    engine has the engine's GPU as its current CUDA device afterwards.
+    minimum, or of a size that is not a power of two, are padded with copies of the last photo, whose results are
+    dropped. A thread that loads, runs or closes the engine has the engine's GPU as its current CUDA device afterwards.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class TensorRTEngine(Engine):
 
     def _run_part(self, images: U8, result: U8) -> None:
         """Run uint8 [n, H, W, 3], n at most the profile's maximum, and write ``result``, uint8 [n, H, W]."""
-        count = max(len(images), self._low[0])
+        count = max(rounded_batch(len(images), self._high[0]), self._low[0])
         shape = (count, *images.shape[1:])
         staged = self._input.host[: math.prod(shape)].reshape(shape)
         staged[: len(images)] = images
@@ -444,15 +444,14 @@ def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> 
     gpu = CudaGpu(imported(CUDART, library), options.device.index, library.cuda12)
     targets = (gpu.capability,) if library is RTX else ()
     profile = _profile(artifact.spec, options)
+    tell = options.tell or (lambda text: None)
+    name = artifact.path.name
+    wait = functools.partial(tell, f"waiting for another process that builds the {library.title} engine of {name}")
 
     def make() -> tuple[bytes, dict[str, Any]]:
         if library is RTX:  # said now, and not after an announcement of minutes
             tensorrt_build.known_targets(trt, targets)
-        if options.tell:
-            options.tell(
-                f"{library.title} builds an engine of {artifact.path.name} for {gpu.name}; the first time, this can "
-                "take minutes"
-            )
+        tell(f"{library.title} builds an engine of {name} for {gpu.name}; the first time, this can take minutes")
         graph = _graph(artifact)
         try:
             built = tensorrt_build.build(
@@ -471,13 +470,13 @@ def _load_with(artifact: Artifact, options: EngineOptions, library: Library) -> 
     key = _key(library, trt, gpu, artifact.identity, artifact.spec.name)
     shapes = profile and dataclasses.asdict(profile)
     slot = cache.Slot(dataclasses.replace(key, settings={**key.settings, "profile": shapes}), "engine")
-    engine = cache.compiled(slot, make)
+    engine = cache.compiled(slot, make, wait=wait)
     try:
         return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
     except _NotDeserialized as error:
         if engine.seconds is not None:
             raise
-        engine = cache.compiled(slot, make, again=one_line(error))
+        engine = cache.compiled(slot, make, again=one_line(error), wait=wait)
     return opened(engine.environment, data=engine.data, notes=_notes(options, library, engine))
 
 

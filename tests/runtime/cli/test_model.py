@@ -430,14 +430,30 @@ def test_verify_uses_the_requested_backend(proven: Artifact, capsys: pytest.Capt
 def test_verify_uses_the_requested_device_and_threads(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, exact: bool) -> Engine:
+    def load(artifact: Artifact, backend: str, threads: int | None, *, device: str, **more: Any) -> Engine:
         asked.append((backend, threads, device))
-        return load_engine(artifact, backend, threads, device=device, exact=exact)
+        return load_engine(artifact, backend, threads, device=device, **more)
 
     monkeypatch.setattr(parity, "load_engine", load)
     options = ["--backend", "onnxruntime", "--device", "cpu", "--threads", "3"]
     assert run(["verify", str(proven.path), "-q", *options]) == 0
     assert asked == [("onnxruntime", 3, "cpu")]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_verify_announces_a_compilation_unless_quiet(
+    proven: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    load = onnxruntime.load
+
+    def compiles(artifact: Artifact, options: Any) -> Any:
+        if options.tell:
+            options.tell("the engine is built, for minutes")
+        return load(artifact, options)
+
+    monkeypatch.setattr(onnxruntime, "load", compiles)
+    assert run(["verify", str(proven.path), "--backend", "onnxruntime", *(["-q"] if quiet else [])]) == 0
+    assert capsys.readouterr().err == ("" if quiet else "petseg: the engine is built, for minutes\n")
 
 
 @pytest.mark.parametrize(

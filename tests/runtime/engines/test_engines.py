@@ -44,7 +44,7 @@ from petseg_runtime.engines.base import (
     in_batches,
 )
 from petseg_runtime.engines.registry import ENGINES, MAX_THREADS, RULE, load_engine
-from petseg_runtime.errors import EngineError, EngineMissing, UsageError
+from petseg_runtime.errors import EngineError, EngineMissing, ModelError, UsageError
 from petseg_runtime.extras import install
 from petseg_runtime.host import Gpu
 from petseg_runtime.spec import ModelSpec
@@ -1085,6 +1085,18 @@ def test_on_cuda_a_fixed_batch_graph_runs_any_number_of_photos(
             engine.run(noise(1, 32, 16))
 
 
+def test_on_cuda_there_are_few_batch_sizes(
+    on_cuda: Callable[..., Any], toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_cuda(toy(tmp_path / "toy.onnx")) as engine:
+        seen: set[int] = set()
+        run = engine._bound.run
+        monkeypatch.setattr(engine._bound, "run", lambda part: seen.add(len(part)) or run(part))
+        for count in range(1, 18):
+            np.testing.assert_array_equal(engine.run(noise(count, 16, 32)), noise(count, 16, 32)[..., 0])
+    assert seen == {1, 2, 4, 8}
+
+
 @pytest.mark.parametrize(
     ("device", "stored", "exact", "precision"),
     [
@@ -1348,6 +1360,42 @@ def test_a_missing_or_truncated_file_is_an_engine_error(backend: str, toy: Toy, 
         load_engine(artifact, backend, threads=1)
 
 
+def replaced(path: Path, content: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(content)
+    other.replace(path)
+
+
+def test_a_file_that_changed_after_it_was_opened_is_rejected(backend: str, toy: Toy, tmp_path: Path) -> None:
+    """Its digest was checked when it was opened; without this check, another graph would run with its receipt."""
+    other = toy(tmp_path / "other.onnx", channel=1).path.read_bytes()
+    artifact = toy(tmp_path / "toy.onnx")
+    replaced(artifact.path, other)
+    with pytest.raises(ModelError, match=r"toy\.onnx: changed while it was loaded: load it again"):
+        load_engine(artifact, backend, threads=1)
+    load_engine(open_artifact(artifact.path), backend, threads=1).close()
+
+
+def test_an_engine_whose_file_changed_is_closed(
+    make_machine: MakeMachine, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, load = [], FakeMachine.load
+
+    def loads_while_it_is_written(self: FakeMachine, name: str, artifact: Artifact, options: EngineOptions) -> Any:
+        with artifact.path.open("ab") as file:
+            file.write(b"more")
+        loaded = load(self, name, artifact, options)
+        loaded.close = lambda: closed.append(name)
+        return loaded
+
+    monkeypatch.setattr(FakeMachine, "load", loads_while_it_is_written)
+    machine = make_machine()
+    machine.artifact = toy(tmp_path / "toy.onnx")
+    with pytest.raises(ModelError, match="changed while it was loaded"):
+        machine.choose()
+    assert closed == ["onnxruntime"]
+
+
 def test_in_onnx_runtime_a_graph_that_fails_while_running_is_an_engine_error(toy: Toy, tmp_path: Path) -> None:
     engine = load_engine(toy(tmp_path / "toy.onnx", 7), "onnxruntime", threads=1)  # there is no channel 7
     with engine, pytest.raises(EngineError, match="failed"):
@@ -1369,6 +1417,14 @@ def test_openvino_uses_no_more_than_its_threads(compiled: Artifact, threads: int
     engine: Any = load_engine(compiled, threads=threads)
     with engine:
         assert engine._compiled.get_property("INFERENCE_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".bin"])
+def test_an_ir_that_changed_after_it_was_opened_is_rejected(compiled: Artifact, suffix: str) -> None:
+    file = compiled.path.with_suffix(suffix)
+    replaced(file, file.read_bytes())
+    with pytest.raises(ModelError, match=r"toy\.xml: changed while it was loaded"):
+        load_engine(compiled, threads=1)
 
 
 def test_openvino_is_chosen_for_ir_files(compiled: Artifact) -> None:

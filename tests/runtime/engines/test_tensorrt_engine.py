@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 
 from petseg_runtime import cache, host
-from petseg_runtime.artifact import Artifact
+from petseg_runtime.artifact import Artifact, open_artifact, sidecar_of, sidecar_text
 from petseg_runtime.engines import tensorrt, tensorrt_build
 from petseg_runtime.engines.base import Device, EngineOptions
 from petseg_runtime.engines.registry import load_engine
@@ -615,6 +615,24 @@ def test_any_number_of_photos_is_run_in_padded_batches(
         assert {memory.size for memory in world.memory.values()} == {high * H * W * 3, high * H * W}
 
 
+@pytest.mark.parametrize(("high", "sizes"), [(8, {1, 2, 4, 8}), (6, {1, 2, 4, 6})])
+def test_there_are_few_batch_sizes_because_each_new_one_costs_time(
+    library: str, high: int, sizes: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    set_shape = FakeContext.set_input_shape
+
+    def recorded(context: FakeContext, name: str, shape: tuple[int, ...]) -> Any:
+        seen.add(shape[0])
+        return set_shape(context, name, shape)
+
+    monkeypatch.setattr(FakeContext, "set_input_shape", recorded)
+    with open_engine(tmp_path, library, content(high=(high, H, W, 3))) as engine:
+        for count in range(1, 9):
+            np.testing.assert_array_equal(engine.run(photos(count)), photos(count)[..., 0])
+    assert seen == sizes
+
+
 def test_a_fixed_batch_engines_profile_is_not_queried(library: str, tmp_path: Path) -> None:
     made = content((2, H, W, 3), (2, H, W, 3))
     with open_engine(tmp_path, library, made) as engine:
@@ -814,7 +832,7 @@ def test_kernels_are_cached_once_compiled_and_reused(fakes: None, tmp_path: Path
         assert engine.describe().notes == ("TensorRT for RTX: kernels compiled",)
         assert kernels() == [[1, H, W, 3]]
         engine.run(photos(3))
-    assert kernels() == [[1, H, W, 3], [3, H, W, 3]]
+    assert kernels() == [[1, H, W, 3], [4, H, W, 3]]
     (entry,) = cache.entries()
     before = entry.path.stat()
     with open_engine(tmp_path, "tensorrt_rtx") as engine:
@@ -1007,6 +1025,34 @@ def test_an_onnx_file_is_compiled_once_for_the_requested_gpu(
     assert len(factory.asked) == 1
 
 
+def test_a_compilation_and_the_wait_for_another_are_announced(
+    library: str, factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, told, waits = toy(tmp_path / "toy.onnx"), [], threading.Event()
+    builds, build = threading.Event(), factory.build
+
+    def build_slowly(*asked: Any, **more: Any) -> tensorrt_build.Built:
+        builds.set()
+        assert waits.wait(60)
+        return build(*asked, **more)
+
+    def tell(what: str) -> None:
+        told.append(what)
+        waits.set()
+
+    monkeypatch.setattr(tensorrt_build, "build", build_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(opened, artifact, library, tell=told.append)
+        assert builds.wait(60)
+        opened(artifact, library, tell=tell).close()
+        first.result().close()
+    title = TITLES[library]
+    assert told == [
+        f"{title} builds an engine of toy.onnx for NVIDIA Toy; the first time, this can take minutes",
+        f"waiting for another process that builds the {title} engine of toy.onnx",
+    ]
+
+
 def test_an_engine_for_a_gpu_that_the_library_does_not_know_is_not_announced(
     factory: Factory, toy: Callable[..., Artifact], tmp_path: Path, world: World
 ) -> None:
@@ -1137,6 +1183,18 @@ def test_a_compiled_file_is_loaded_unchanged(library: str, factory: Factory, tmp
         assert engine.describe().notes[0] == "passed over"
         assert not any("compiled in" in note for note in engine.describe().notes)
     assert factory.asked == []
+
+
+def test_a_compiled_file_that_changed_after_it_was_opened_is_rejected(library: str, tmp_path: Path) -> None:
+    path, name = tmp_path / "toy.engine", "trt" if library == "tensorrt" else "trt-rtx"
+    path.write_text(json.dumps(content()))
+    environment = {"library": library, "version": VERSION, "compute_capability": "8.9"}
+    sidecar_of(path).write_text(sidecar_text(Artifact(path, name, SPEC, {}, {}, "", 0, None, environment)))
+    artifact = open_artifact(path)
+    load_engine(artifact, NAMES[library], device="cuda").close()
+    path.write_text(json.dumps(content(high=(16, H, W, 3))))
+    with pytest.raises(ModelError, match=r"toy\.engine: changed while it was loaded"):
+        load_engine(artifact, NAMES[library], device="cuda")
 
 
 @pytest.mark.tensorrt
