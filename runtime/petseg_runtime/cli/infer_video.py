@@ -52,6 +52,7 @@ class Output:
         segment: Seconds in one file.
         audio: Copy the sound into the results.
         reserved: Real paths that further movies of a source must not use.
+        beside: Real paths of the folders with sources, where an existing file may be the user's.
     """
 
     folder: Path | None
@@ -61,6 +62,7 @@ class Output:
     segment: float | None = None
     audio: bool = True
     reserved: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
 
     def of(self, origin: Origin, threads: int | None = None) -> VideoSink:
         """Returns the sink for one source.
@@ -123,7 +125,13 @@ class Output:
             return pieces(place, self.format)
         # Frames may change their size within a file, too.
         more = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(2))
-        return itertools.chain([place], (path for path in more if os.path.realpath(path) not in self.reserved))
+        return itertools.chain([place], filter(self._is_free, more))
+
+    def _is_free(self, path: Path) -> bool:
+        """Whether a further movie may have this path: it replaces nothing of this run, and no file beside a source."""
+        folder = os.path.realpath(path.parent)
+        taken = folder in self.beside and os.path.lexists(path)
+        return not taken and os.path.realpath(path) not in self.reserved
 
 
 @dataclass
@@ -472,7 +480,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
         resume: The existing results are this run's own.
 
     Returns:
-        The output, with the paths that its further movies must not replace.
+        The output, with the paths and folders in which its further movies must not replace anything.
 
     Raises:
         OutputError: Results would replace something; nothing is written yet.
@@ -488,7 +496,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     places = {real(output.place(origin)): origin.shown for origin in origins}
     results = {real(result): photo for photo, result in photos.items()} | places
     with_sources, with_results = _folders(sources), _folders(results)
-    beside = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (strings are compared, not paths)
+    beside = frozenset(os.path.dirname(source) for source in sources)  # noqa: PTH120 (strings are compared, not paths)
     for origin in origins:
         place = output.place(origin)
         there = real(place)
@@ -505,7 +513,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
                 f"{place}: results of {origin.shown} would mix with sources such as {source}; choose another --output"
             )
         claimable(place)
-    return dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()))
+    return dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()), beside=beside)
 
 
 def _folders(files: Mapping[str, str]) -> dict[str, str]:

@@ -426,17 +426,43 @@ def test_a_videos_pictures_are_not_mixed_with_photo_results(
     assert tree(tmp_path / "out") == []
 
 
+def write_two_sizes(path: Path) -> Path:
+    """A clip whose frame size changes in the middle."""
+    parts = [
+        write_clip(path.with_suffix(".part.ts"), 10, sound=None, size=s).read_bytes() for s in ((48, 64), (64, 96))
+    ]
+    path.with_suffix(".part.ts").unlink()
+    path.write_bytes(b"".join(parts))
+    return path
+
+
 def test_a_frame_size_change_never_replaces_another_result(tmp_path: Path, model: str) -> None:
     source = tmp_path / "in"
     write_clip(source / "clip-2.mp4", 5, sound=None)
-    small, large = (
-        write_clip(tmp_path / f"{name}.ts", 10, sound=None, size=size)
-        for name, size in (("small", (48, 64)), ("large", (64, 96)))
-    )
-    (source / "clip.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    write_two_sizes(source / "clip.ts")
     assert infer(source, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
     assert tree(tmp_path / "out") == [JOURNAL, "clip-2.mp4", "clip-3.mp4", "clip.mp4"]
     assert [frames_in(tmp_path / "out" / f"clip{n}.mp4") for n in ("", "-2", "-3")] == [10, 5, 10]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["", "through a link"])
+def test_a_frame_size_change_never_replaces_files_beside_the_source(tmp_path: Path, model: str, linked: bool) -> None:
+    clip = write_two_sizes(tmp_path / "clip.ts")
+    (tmp_path / "clip-2.mp4").write_text("mine")
+    (tmp_path / "clip-3.mp4").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert infer(clip, "--as", "mask", "--model", model, "--output", tmp_path / "link" if linked else tmp_path) == 0
+    assert (tmp_path / "clip-2.mp4").read_text() == "mine"
+    assert tree(tmp_path) == ["clip-2.mp4", "clip-4.mp4", "clip.mp4", "clip.ts"]
+    assert (tmp_path / "clip-3.mp4").is_symlink()
+    assert [frames_in(tmp_path / f"clip{n}.mp4") for n in ("", "-4")] == [10, 10]
+
+
+def test_a_frame_size_change_replaces_an_earlier_runs_movie_in_a_separate_folder(tmp_path: Path, model: str) -> None:
+    clip = write_two_sizes(tmp_path / "clip.ts")
+    for _ in range(2):
+        assert infer(clip, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
+    assert tree(tmp_path / "out") == ["clip-2.mp4", "clip.mp4"]
 
 
 # ------------------------------------------------------------------------------------------------- signals
