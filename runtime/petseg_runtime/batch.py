@@ -112,7 +112,7 @@ def segment_photos(
     report.skipped = len(items) - len(left)
     begun(len(left))
     info = segmenter.describe()
-    steps = _steps(segmenter, sink, mask_only, fast_decode, only_found, spare)
+    steps = _steps(segmenter, sink, journal, mask_only, fast_decode, only_found, spare)
     workers = max(1, min(segmenter.workers, len(left)))
     with Pipeline(steps, info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
@@ -127,14 +127,27 @@ def segment_photos(
                 timings.add(step, seconds)
             watch(outcome)
     if journal:
+        _begin(journal, sink.beside_sources(None))
         report.path = sink.finish(Values(journal, items))
     report.steps = timings.summary()
     report.seconds = time.perf_counter() - start
     return report
 
 
+def _begin(journal: Journal | None, path: Path | None) -> None:
+    """Note a result that is about to be put beside the run's sources, unless there is no such file or no journal."""
+    if journal and path:
+        journal.begin(path)
+
+
 def _steps(
-    segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, only_found: bool, spare: int
+    segmenter: Segmenter,
+    sink: Sink,
+    journal: Journal | None,
+    mask_only: bool,
+    fast_decode: bool,
+    only_found: bool,
+    spare: int,
 ) -> Steps[Item, Done]:
     at_least = segmenter.size if fast_decode else None
 
@@ -151,6 +164,8 @@ def _steps(
         with _enough_memory(item):
             result = segmenter.finish(photo, answer)
             left_out = only_found and not result.found
+            if not left_out:
+                _begin(journal, sink.beside_sources(item))
             written = Written(value=sink.leave_out(result)) if left_out else sink.write(item, result)
         height, width = result.probability.shape
         return Done(

@@ -457,7 +457,7 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
         (tmp_path / folder / "annotations.json").write_text("weeks of work")
     with pytest.raises(OutputError, match=r"annotations\.json: already exists, beside the photos"):
         CocoSink(tmp_path / "in", "coco-rle", items)
-    CocoSink(tmp_path / "in", "coco-rle", items, resume=True).finish([])
+    CocoSink(tmp_path / "in", "coco-rle", items, own=[tmp_path / "in" / "annotations.json"]).finish([])
     CocoSink(tmp_path / "out", "coco-rle", items).finish([])
     assert all("categories" in path.read_text() for path in tmp_path.rglob("annotations.json"))
 
@@ -472,7 +472,9 @@ def test_an_earlier_runs_results_are_replaced_in_a_separate_folder(tmp_path: Pat
 def test_a_resumed_run_replaces_results_beside_the_photos(tmp_path: Path, result: Segmentation) -> None:
     items = photos(tmp_path, "cat.png")
     (tmp_path / "cat.jpg").write_bytes(b"by the run that was stopped")
-    sink = ImageSink(tmp_path, picture("overlay"), items, resume=True)
+    with pytest.raises(OutputError, match="beside the photos"):
+        ImageSink(tmp_path, picture("overlay"), items, own=[tmp_path / "dog.jpg"])
+    sink = ImageSink(tmp_path, picture("overlay"), items, own=[tmp_path / "cat.jpg"])
     sink.write(items[0], result)
     with Image.open(tmp_path / "cat.jpg") as written:
         assert written.size == (30, 20)

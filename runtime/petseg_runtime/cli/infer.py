@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -569,7 +569,7 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=_resumes(options))
+    return check_places(output, found.streams, photos, _own_files(options))
 
 
 def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
@@ -602,20 +602,20 @@ def _sink(found: _Found, options: _Options, background: Background | None) -> Si
     """Returns the sink that writes the photos' results."""
     from petseg_runtime import sinks
 
-    folder, resume = options.folder, _resumes(options)
+    folder, own = options.folder, _own_files(options)
     if folder and options.coco:
-        return sinks.CocoSink(folder, options.result, found.items, resume=resume)
+        return sinks.CocoSink(folder, options.result, found.items, own=own)
     picture = sinks.picture(options.result, options.format, background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
-    return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
+    return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, own=own)
 
 
-def _resumes(options: _Options) -> bool:
-    """Whether there is a run to resume: without a journal, petseg has not written there, and no file is its own."""
-    from petseg_runtime.journal import JOURNAL
+def _own_files(options: _Options) -> Container[Path]:
+    """The files beside the sources that the run may replace: those that the run to be resumed has written."""
+    from petseg_runtime.journal import OwnFiles
 
-    return options.resume and options.folder is not None and (options.folder / JOURNAL).exists()
+    return OwnFiles(options.folder) if options.resume and options.folder else ()
 
 
 def _segmenter(photos: int, options: _Options) -> Segmenter:

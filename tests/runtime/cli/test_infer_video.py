@@ -262,12 +262,12 @@ def test_output_path_checks_of_many_files_are_not_pairwise(tmp_path: Path) -> No
     photos = {f"in/{n}.jpg": str(tmp_path / "out" / f"{n}.jpg.png") for n in range(count)}
     output = infer_video.Output(folder=tmp_path / "out", kind="mask", format="png")
     start = time.monotonic()
-    checked = infer_video.check_places(output, origins, photos, resume=False)
+    checked = infer_video.check_places(output, origins, photos)
     assert time.monotonic() - start < 10
     assert len(checked.reserved) == 4 * count
     photos["in/x.jpg"] = str(tmp_path / "out" / "9999" / "deep" / "x.png")
     with pytest.raises(OutputError, match=r"results of in/9999\.mp4 and in/x\.jpg would mix"):
-        infer_video.check_places(output, origins, photos, resume=False)
+        infer_video.check_places(output, origins, photos)
 
 
 def test_full_failure_exits_with_1(tmp_path: Path, clips: Path, model: str) -> None:
