@@ -560,6 +560,8 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         raise UsageError(f"--no-audio is for movies ({', '.join(MOVIES)}); {form} has no sound anyway")
     if options.resume and found.live:
         raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
+    if options.resume:
+        _check_resumable(found, options.quiet)
     output = Output(
         folder=folder,
         kind=options.result,
@@ -570,6 +572,24 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
     )
     photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
     return check_places(output, found.streams, photos, _own_files(options))
+
+
+def _check_resumable(found: _Found, quiet: bool) -> None:
+    """Report videos that ``--resume`` processes from the start: nothing tells whether they are still the same.
+
+    Raises:
+        UsageError: There are only such videos.
+    """
+    files = {video.name for video in found.videos}
+    for origin in found.streams:
+        if origin.name in files:
+            continue
+        if not found.items:
+            raise UsageError(
+                f"{origin.shown}: --resume is for files; a video on standard input or on a server is processed from "
+                "the start, so run it without --resume"
+            )
+        _print_note(f"{origin.shown}: not a file, so --resume processes it from the start", quiet)
 
 
 def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:

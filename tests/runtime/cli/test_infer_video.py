@@ -1116,6 +1116,8 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
         (["{clip}", "--smooth", "1"], 2, "--smooth"),
         (["{clip}", "--stride", "0"], 2, "--stride"),
+        (["http://127.0.0.1:9/clip.mp4", "--resume"], 2, "127.0.0.1:9/clip.mp4: --resume is for files; a video on"),
+        (["-", "--raw", "16x16@5", "--resume"], 2, "--resume is for files; a video on standard input"),
         (["{clip}", "--as", "mask", "--output", "-", "--format", "mp4"], 2, "give a folder with --output"),
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
@@ -1156,13 +1158,24 @@ def test_every_option_of_videos_reaches_the_run(
     assert infer(file, *options) == 0
     assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
     assert tree(tmp_path) == [], "an address is no pattern, whose results would need a journal"
-    given += ["--segment", 5, "--no-audio", "-v", "--resume", "--input-option", "headers=a=b"]
+    given += ["--segment", 5, "--no-audio", "-v", "--input-option", "headers=a=b"]
     assert infer(file, *options, *given) == 0
     defaults = [(Reading(patience=patience), None, True, False) for patience in (None, 6)]
     assert started == [*defaults, (reading, 5, False, True)]
     assert passed[2] == {"headers": "a=b"}
     assert infer(file, *options, "--give-up", 6) == 2
     assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
+
+
+def test_a_video_that_is_no_file_is_not_resumed_and_a_note_says_so(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, server = shutil.copy(clips / "short.mp4", tmp_path / "clip.mkv"), "http://127.0.0.1:9/clip.mp4"
+    options = ["--as", "lines", "--model", model, "--output", tmp_path / "out", "--resume"]
+    for more in ([], ["-q"]):
+        assert infer(clip, server, *options, *more) == 3
+        note = f"petseg: {server}: not a file, so --resume processes it from the start"
+        assert (note in capsys.readouterr().err.splitlines()) == (not more)
 
 
 def test_a_start_beyond_the_end_is_reported(
