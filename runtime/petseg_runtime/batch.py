@@ -95,7 +95,8 @@ def segment_photos(
         sink: Writes the results.
         watch: Called with the outcome of each photo, in order.
         begun: Called once before that, with the number of photos that are left to do.
-        journal: Says which photos are done already, and notes each new result; a sink that writes at the end needs one.
+        journal: Says which photos are done already, and notes each new result. Without one, the entries of a file with
+            all results are kept in memory: enough for a few photos.
         mask_only: The photos' pixels are not part of the results.
         fast_decode: Decode large JPEGs at a reduced size, which changes masks slightly; requires ``mask_only``.
         only_found: Write nothing of photos without a pet. A file that an earlier run wrote for such a photo is kept: it
@@ -114,6 +115,7 @@ def segment_photos(
     info = segmenter.describe()
     steps = _steps(segmenter, sink, journal, mask_only, fast_decode, only_found, spare)
     workers = max(1, min(segmenter.workers, len(left)))
+    values: list[tuple[Item, dict[str, Any]]] = []
     with Pipeline(steps, info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
             if outcome.value is None:
@@ -123,12 +125,13 @@ def segment_photos(
                 report.left_out += outcome.value.left_out
                 if journal:
                     journal.add(outcome.source, outcome.value.path, outcome.value.value)
+                elif outcome.value.value is not None:
+                    values.append((outcome.source, outcome.value.value))
             for step, seconds in outcome.seconds.items():
                 timings.add(step, seconds)
             watch(outcome)
-    if journal:
-        _begin(journal, sink.beside_sources(None))
-        report.path = sink.finish(Values(journal, items))
+    _begin(journal, sink.beside_sources(None))
+    report.path = sink.finish(Values(journal, items) if journal else values)
     report.steps = timings.summary()
     report.seconds = time.perf_counter() - start
     return report

@@ -308,7 +308,7 @@ def _journal(segmenter: Segmenter, found: _Found, options: _Options, background:
 
     folder = options.folder
     # One photo that was found by a search needs a journal, too: the next search must recognise its result.
-    noted = options.resume or _searched(options.sources) or len(found.items) > 1 or options.coco
+    noted = options.resume or _searched(options.sources) or len(found.items) > 1
     if folder is None or found.live or not noted:
         return None
     settings = _appearance(found, options, background) | _settings(segmenter)

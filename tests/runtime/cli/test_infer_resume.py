@@ -15,7 +15,6 @@ from clips import write_clip
 from command_line import files
 from petseg.cli import run
 from petseg_runtime.journal import JOURNAL, Journal
-from petseg_runtime.sinks import CocoSink
 
 Toy: TypeAlias = Callable[..., Any]
 
@@ -171,6 +170,19 @@ def test_a_single_photo_leaves_no_journal_without_resume(photo: Path, tmp_path: 
     assert files(tmp_path / "out") == {"cat.png", JOURNAL}
 
 
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_annotations_of_a_single_photo_leave_no_journal_without_resume(photo: Path, tmp_path: Path, kind: str) -> None:
+    """Else later searches would skip the folder of the photo."""
+    command = ["infer", str(photo), "--as", kind, "--output"]
+    assert run([*command, str(photo.parent)]) == 0
+    assert files(photo.parent) == {"cat.jpg", "annotations.json"}
+    found = json.loads((photo.parent / "annotations.json").read_text())
+    assert [len(found[part]) for part in ("images", "annotations")] == [1, 1]
+    assert run([*command, str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == {"annotations.json", JOURNAL}
+    assert json.loads((tmp_path / "out" / "annotations.json").read_text()) == found
+
+
 def test_during_an_active_run_another_can_start_but_not_resume(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,8 +288,7 @@ def test_annotations_of_a_run_that_did_not_reach_its_end_are_somebodys_own(
     toy(tmp_path / "toy.onnx")
     command = [*in_place(tmp_path, "a.jpg", "b.jpg"), "--as", "coco-rle"]
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "value", lambda *_: pytest.fail("killed"))
-        patch.setattr(CocoSink, "beside_sources", lambda *_: pytest.fail("killed"))
+        patch.setattr(Journal, "begin", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             run(command)
     (tmp_path / "annotations.json").write_bytes(b"weeks of work")
