@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import (
@@ -204,6 +205,13 @@ def test_a_background_may_be_a_picture_which_is_fitted(tmp_path: Path, result: S
     assert (pixels[0, 0] == (200, 0, 0)).all()
     assert (pixels[0, -1] == (0, 0, 200)).all()
     assert (pixels[10, 12] == 90).all()
+
+
+def test_a_backgrounds_broken_profile_does_not_become_the_results(result: Segmentation) -> None:
+    """It cannot be converted, so its colours are taken as they are."""
+    beach = images.with_profile(Image.new("RGB", (60, 50), "green"), bytes(16) + b"RGB " + bytes(180))
+    assert "icc_profile" not in picture("background", background=beach).render(result).info
+    assert "icc_profile" not in result.on_background(beach).info
 
 
 def test_a_background_is_fitted_once_per_size_and_profile(
