@@ -95,7 +95,8 @@ def segment_photos(
         sink: Writes the results.
         watch: Called with the outcome of each photo, in order.
         begun: Called once before that, with the number of photos that are left to do.
-        journal: Says which photos are done already, and notes each new result; a sink that writes at the end needs one.
+        journal: Says which photos are done already, and notes each new result. Without one, the entries of a file with
+            all results are kept in memory: enough for a few photos.
         mask_only: The photos' pixels are not part of the results.
         fast_decode: Decode large JPEGs at a reduced size, which changes masks slightly; requires ``mask_only``.
         only_found: Write nothing of photos without a pet. A file that an earlier run wrote for such a photo is kept: it
@@ -112,8 +113,9 @@ def segment_photos(
     report.skipped = len(items) - len(left)
     begun(len(left))
     info = segmenter.describe()
-    steps = _steps(segmenter, sink, mask_only, fast_decode, only_found, spare)
+    steps = _steps(segmenter, sink, journal, mask_only, fast_decode, only_found, spare)
     workers = max(1, min(segmenter.workers, len(left)))
+    values: list[tuple[Item, dict[str, Any]]] = []
     with Pipeline(steps, info.streams, info.batch, workers=workers) as pipeline:
         for outcome in pipeline.run(left):
             if outcome.value is None:
@@ -123,18 +125,32 @@ def segment_photos(
                 report.left_out += outcome.value.left_out
                 if journal:
                     journal.add(outcome.source, outcome.value.path, outcome.value.value)
+                elif outcome.value.value is not None:
+                    values.append((outcome.source, outcome.value.value))
             for step, seconds in outcome.seconds.items():
                 timings.add(step, seconds)
             watch(outcome)
-    if journal:
-        report.path = sink.finish(Values(journal, items))
+    _begin(journal, sink.beside_sources(None))
+    report.path = sink.finish(Values(journal, items) if journal else values)
     report.steps = timings.summary()
     report.seconds = time.perf_counter() - start
     return report
 
 
+def _begin(journal: Journal | None, path: Path | None) -> None:
+    """Note a result that is about to be put beside the run's sources, unless there is no such file or no journal."""
+    if journal and path:
+        journal.begin(path)
+
+
 def _steps(
-    segmenter: Segmenter, sink: Sink, mask_only: bool, fast_decode: bool, only_found: bool, spare: int
+    segmenter: Segmenter,
+    sink: Sink,
+    journal: Journal | None,
+    mask_only: bool,
+    fast_decode: bool,
+    only_found: bool,
+    spare: int,
 ) -> Steps[Item, Done]:
     at_least = segmenter.size if fast_decode else None
 
@@ -151,6 +167,8 @@ def _steps(
         with _enough_memory(item):
             result = segmenter.finish(photo, answer)
             left_out = only_found and not result.found
+            if not left_out:
+                _begin(journal, sink.beside_sources(item))
             written = Written(value=sink.leave_out(result)) if left_out else sink.write(item, result)
         height, width = result.probability.shape
         return Done(

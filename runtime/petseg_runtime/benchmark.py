@@ -28,6 +28,8 @@ from petseg_runtime.engines.base import Device, Engine, EngineInfo
 from petseg_runtime.engines.registry import ENGINES, load_engine
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import LOOK_UP, Gpu, Host, host, usable_cpus
+from petseg_runtime.regions import without_doubtful
+from petseg_runtime.segmenter import Prepared, finish
 from petseg_runtime.signals import let_through
 from petseg_runtime.text import counted
 
@@ -352,10 +354,12 @@ def _time_stages(runner: _Runner, seconds: float) -> None:
             photo = images.read(path)
             times.append(time.perf_counter())
             sent = images.to_model(photo.pixels, spec.height, spec.width)
+            prepared = Prepared(sent, photo.pixels, photo.height, photo.width, photo.notes)
             times.append(time.perf_counter())
             probability = runner.alone.run(sent[None])[0]
             times.append(time.perf_counter())
-            images.from_model(probability, *photo.pixels.shape[:2])
+            result = finish(prepared, without_doubtful(probability), spec.threshold, spec.cutout_threshold)
+            result.mask  # noqa: B018 (computed when it is first asked for)
             times.append(time.perf_counter())
             taken = [*np.diff(times), times[-1] - times[0]]
             for stage, value in zip(STAGES, taken, strict=True):

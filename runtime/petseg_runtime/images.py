@@ -113,6 +113,9 @@ _TRANSPOSITIONS: Final = {
 }
 _SIDEWAYS: Final = tuple(_TRANSPOSITIONS[orientation] for orientation in (5, 6, 7, 8))
 
+# By how much Pillow multiplies the grey values of a PNG with 2 or 4 bits.
+_GREY_STEPS: Final = {"L;2": 85, "L;4": 17}
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -591,8 +594,10 @@ def _decoded(
         notes.append(note)
     # Pillow decodes a 16-bit PGM to 32-bit integers, scaled to 0..65535 (and drops the format when it transposes).
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    stored = _stored_as(image)  # asked first: for its orientation, Pillow decodes a PNG
     meant = orientation(image)  # asked first: Pillow transposes a TIFF as it decodes it, and clears the tag
     image.load()
+    _scale_transparent_colour(image, stored)
     turned = upright(image)
     model_input = None
     if sixteen:
@@ -701,6 +706,24 @@ def upright(image: Image.Image) -> Image.Image:
 def _transposition(image: Image.Image) -> Image.Transpose | None:
     """The transposition that makes an image upright, by its EXIF orientation; None: it is upright."""
     return _TRANSPOSITIONS.get(orientation(image))
+
+
+def _stored_as(image: Image.Image) -> str | None:
+    """Pillow's name for the pixels of a PNG in its file, such as ``RGB;16B``; None: not a PNG, or decoded already."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if tiles and image.format == "PNG" else None
+
+
+def _scale_transparent_colour(image: Image.Image, stored: str | None) -> None:
+    """Scale the transparent colour of a PNG to 8 bits: Pillow scales the pixels, but not the colour.
+
+    Of 16 bits, the lower ones are lost: colours that differ only in these become transparent, too.
+    """
+    colour = image.info.get("transparency")
+    if stored == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    elif stored in _GREY_STEPS and isinstance(colour, int):
+        image.info["transparency"] = colour * _GREY_STEPS[stored]
 
 
 def _from_sixteen(image: Image.Image, turned: Image.Image, notes: list[str]) -> U8:

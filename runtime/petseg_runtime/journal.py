@@ -4,6 +4,9 @@
 one line for each result that is in its place. A line cut off by a crash is ignored; so is one whose photo or result has
 changed since.
 
+Before a result is put beside the sources, a line says so, since a file there may also be the user's: see
+:class:`OwnFiles`.
+
 Runs that share the folder share the file: each run writes its own header, and each line names its run. If several
 runs wrote to one path, the last line tells whose result is there. The entries of a file with all results are stored in
 the journal itself, so that no other run replaces them.
@@ -13,23 +16,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import stat
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, BinaryIO, Final, NamedTuple, Self
 
 from petseg_runtime.errors import OutputError
 from petseg_runtime.files import STEM, real_paths, write_all
 from petseg_runtime.sources import JOURNAL, Item
 
-__all__ = ["JOURNAL", "Journal", "Values"]
+__all__ = ["JOURNAL", "Journal", "OwnFiles", "Values"]
 
 SCHEMA_VERSION: Final = 2
 
@@ -92,6 +97,7 @@ class Journal:
         self._parts: dict[tuple[Path, str], list[Path]] = {}  # incomplete files by folder and (shortened) stem
         header = {"schema_version": SCHEMA_VERSION, "settings": dict(settings)}
         self._run = _run_of(header)
+        self._appending = threading.Lock()
         self._file = _open(self._path)
         try:
             if resume:
@@ -142,11 +148,19 @@ class Journal:
         source = self._sources.get(name) or self._identity(item)
         size, suffix = (_size(path), path.suffix) if path else (None, None)
         line = {"run": self._run, "name": name, "source": source, "bytes": size, "suffix": suffix, "value": value}
-        try:
-            offset, length = self._append(line)
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        offset, length = self._note(line)
         self._done[name] = _Note(source, size, suffix, offset, length)
+
+    def begin(self, path: Path) -> None:
+        """Note that a result is about to be written, so that it is one of :class:`OwnFiles`. Called from any thread.
+
+        Args:
+            path: The file or folder, in the output folder.
+
+        Raises:
+            OutputError: The line cannot be written.
+        """
+        self._note({"run": self._run, "begun": str(path.relative_to(self._folder))})
 
     def value(self, item: Item) -> dict[str, Any] | None:
         """The value that :meth:`add` noted for an item, in this run or before; None if its photo has changed since.
@@ -271,16 +285,9 @@ class Journal:
 
     def _lines(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """The complete lines: position and length in bytes, and the parsed JSON object."""
-        offset = 0
         with os.fdopen(os.dup(self._file.fileno()), "rb") as file:
             file.seek(0)
-            for text in file:
-                line = None
-                with contextlib.suppress(ValueError, RecursionError):  # cut off by a crash: that photo is done again
-                    line = json.loads(text)
-                if isinstance(line, dict):
-                    yield offset, len(text), line
-                offset += len(text)
+            yield from _lines_of(file)
 
     def _reject(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
         """Raise an error that names the settings in which the latest run differs.
@@ -331,11 +338,75 @@ class Journal:
             write_all(self._file, b"\n")  # ends a line that a crash cut off
         self._append(header)
 
+    def _note(self, line: Mapping[str, Any]) -> tuple[int, int]:
+        """Append a line like :meth:`_append`.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        try:
+            return self._append(line)
+        except OSError as error:
+            raise OutputError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+
     def _append(self, line: Mapping[str, Any]) -> tuple[int, int]:
         """Append a line in one write, so that other runs' lines do not split it; returns its position and length."""
         data = (json.dumps(line) + "\n").encode()
-        write_all(self._file, data)
-        return self._file.tell() - len(data), len(data)
+        with self._appending:  # else the position may be that of another thread's line
+            write_all(self._file, data)
+            return self._file.tell() - len(data), len(data)
+
+
+class OwnFiles(Container[Path]):
+    """The files and folders in an output folder that petseg has written, or begun to, by its journal.
+
+    Beside the sources, any other file may be the user's. The journal is read when this is asked for the first time:
+    that of a million photos takes seconds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Create the container.
+
+        Args:
+            folder: The output folder, which need not exist nor have a journal: then nothing there is petseg's own.
+        """
+        self._folder = folder
+
+    def __contains__(self, path: object) -> bool:
+        """Whether a path, spelled as below the output folder, was noted by any run."""
+        return str(path) in self._paths
+
+    @functools.cached_property
+    def _paths(self) -> frozenset[str]:
+        def opened(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)  # opening a pipe would block
+
+        try:
+            with io.BufferedReader(io.FileIO(self._folder / JOURNAL, opener=opened)) as file:
+                names = map(_written, (line for _, _, line in _lines_of(file)))
+                return frozenset(str(self._folder / name) for name in names if name is not None)
+        except OSError:  # there is none, or the run will reject it
+            return frozenset()
+
+
+def _written(line: Mapping[str, Any]) -> str | None:
+    """The path that a journal's line says is written or begun, in the output folder; None: it says nothing of that."""
+    name, suffix, begun = line.get("name"), line.get("suffix"), line.get("begun")
+    if isinstance(begun, str):
+        return begun
+    return f"{name}{suffix or ''}" if isinstance(name, str) else None
+
+
+def _lines_of(file: BinaryIO) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The complete lines of an open journal: position and length in bytes, and the parsed JSON object."""
+    offset = 0
+    for text in file:
+        line = None
+        with contextlib.suppress(ValueError, RecursionError):  # cut off by a crash: that photo is done again
+            line = json.loads(text)
+        if isinstance(line, dict):
+            yield offset, len(text), line
+        offset += len(text)
 
 
 @dataclass(frozen=True)

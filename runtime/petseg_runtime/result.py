@@ -328,10 +328,11 @@ class Segmentation:
         return Image.fromarray(self.pixels)
 
     def _with_photo_profile(self, picture: Image.Image) -> Image.Image:
-        """Sets the picture's ICC profile to the photo's, and returns the picture."""
-        if self.icc_profile:
-            picture.info["icc_profile"] = self.icc_profile
-        return picture
+        """Sets the picture's ICC profile to the photo's, and returns the picture.
+
+        It may have another one, from a background that could not be converted.
+        """
+        return images.with_profile(picture, self.icc_profile)
 
     def _alpha(self) -> Image.Image:
         """:attr:`opacity` as a greyscale picture."""

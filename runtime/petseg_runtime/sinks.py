@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, TypeAlias
@@ -110,6 +110,13 @@ class Sink(Protocol):
 
     def path_of(self, item: Item) -> Path | None:
         """The file that an item's result is written to; None if it has none of its own."""
+        return None
+
+    def beside_sources(self, item: Item | None) -> Path | None:
+        """The file of an item's result, or of all results for None, if it lies beside the run's sources; else None.
+
+        There, only the journal tells it from a file of the user, so it must be noted before it is written.
+        """
         return None
 
     def write(self, item: Item, result: Segmentation) -> Written:
@@ -256,7 +263,7 @@ class ImageSink(Sink):
         items: Sequence[Item],
         *,
         beside: Sequence[Item] = (),
-        resume: bool = False,
+        own: Container[Path] = (),
     ) -> None:
         """Create the folder, and check that it can be written to and that no photo would be overwritten.
 
@@ -267,7 +274,7 @@ class ImageSink(Sink):
             picture: Renders and encodes the results.
             items: The photos whose results will be written.
             beside: The run's other sources (videos), which must not be overwritten either.
-            resume: Existing files are this run's own results.
+            own: Existing files that petseg has written, which a resumed run may replace.
 
         Raises:
             OutputError: The folder cannot be written to, or a result would replace a photo or a file beside one.
@@ -279,14 +286,19 @@ class ImageSink(Sink):
         for item, path in zip(items, results, strict=True):
             if real(path) in photos:
                 raise OutputError(f"{path}: the result of {item.source} would replace a photo; choose another --output")
-        if not resume:
-            _reject_beside(photos, results)
+        self._beside = _Beside(photos)
+        self._beside.check(results, own)
         probe(output)
 
     def path_of(self, item: Item) -> Path:
         """The file that an item's result is written to."""
         name = self._output / item.name
         return name.with_name(f"{name.name}.{self._picture.format}")
+
+    def beside_sources(self, item: Item | None) -> Path | None:
+        """The file of an item's result if it lies beside the run's sources; see :class:`Sink`."""
+        path = self.path_of(item) if item else None
+        return path if path and self._beside.has(path) else None
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Write an item's result; see :class:`Sink`."""
@@ -305,22 +317,26 @@ class ImageSink(Sink):
 class CocoSink(Sink):
     """Writes ``annotations.json`` in COCO's format: one category, and one annotation for each photo with a pet."""
 
-    def __init__(self, output: Path, kind: str, items: Sequence[Item], *, resume: bool = False) -> None:
+    def __init__(self, output: Path, kind: str, items: Sequence[Item], *, own: Container[Path] = ()) -> None:
         """Create the folder. A file of an earlier run is replaced, except beside the photos: see :class:`ImageSink`.
 
         Args:
             output: The folder.
             kind: ``coco-polygons`` (RLE for pets with holes, which polygons cannot express), or ``coco-rle``, exact.
             items: The photos whose results will be written, and the run's other sources.
-            resume: An existing file is this run's own.
+            own: Existing files that petseg has written, which a resumed run may replace.
 
         Raises:
             OutputError: The folder cannot be written to, or a file beside the photos would be replaced.
         """
         self._path, self._rle = output / "annotations.json", kind == "coco-rle"
-        if not resume:
-            _reject_beside(set(map(real_paths(), (item.source for item in items))), [self._path])
+        self._beside = _Beside(map(real_paths(), (item.source for item in items)))
+        self._beside.check([self._path], own)
         probe(output)
+
+    def beside_sources(self, item: Item | None) -> Path | None:
+        """The file of all results if it lies beside the run's sources; see :class:`Sink`."""
+        return self._path if item is None and self._beside.has(self._path) else None
 
     def write(self, item: Item, result: Segmentation) -> Written:
         """Compute the entry of an item in the file with all results; see :class:`Sink`."""
@@ -392,17 +408,27 @@ class StreamSink(Sink):
         return Written()
 
 
-def _reject_beside(photos: Set[str], results: Iterable[Path]) -> None:
-    """Reject results that would replace existing files beside the photos, which may be the user's.
+class _Beside:
+    """The folders with a run's sources, where existing files may be the user's."""
 
-    Raises:
-        OutputError: One would.
-    """
-    folders = {os.path.dirname(photo) for photo in photos}  # noqa: PTH120 (a string, one of a million)
-    real = functools.cache(os.path.realpath)
-    for path in results:
-        if real(os.path.dirname(path)) in folders and os.path.lexists(path):  # noqa: PTH120
-            raise OutputError(f"{path}: already exists, beside the photos; move it, or choose another --output")
+    def __init__(self, sources: Iterable[str]) -> None:
+        """Take the folders of the sources, given by their real paths."""
+        self._folders = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (a string, one of a million)
+        self._real = functools.cache(os.path.realpath)
+
+    def has(self, path: Path) -> bool:
+        """Whether a path is in one of them."""
+        return self._real(os.path.dirname(path)) in self._folders  # noqa: PTH120
+
+    def check(self, results: Iterable[Path], own: Container[Path]) -> None:
+        """Reject results that would replace existing files there that are not petseg's own.
+
+        Raises:
+            OutputError: One would.
+        """
+        for path in results:
+            if self.has(path) and os.path.lexists(path) and path not in own:
+                raise OutputError(f"{path}: already exists, beside the photos; move it, or choose another --output")
 
 
 def probe(output: Path) -> None:

@@ -26,7 +26,7 @@ from petseg_runtime.batch import Done, Report, segment_photos
 from petseg_runtime.engines.base import Engine, EngineInfo
 from petseg_runtime.errors import EngineError, InputError, OutputError
 from petseg_runtime.images import to_model
-from petseg_runtime.journal import JOURNAL, Journal
+from petseg_runtime.journal import JOURNAL, Journal, OwnFiles
 from petseg_runtime.pipeline import Outcome
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import MAX_WORKERS, Prepared
@@ -103,9 +103,10 @@ def ignore(outcome: Outcome[Item, Done]) -> None:
 
 
 def make_sink(kind: str, out: Path, items: list[Item], resume: bool) -> Sink:
+    own = OwnFiles(out) if resume else ()
     if kind.startswith("coco"):
-        return CocoSink(out, kind, items, resume=resume)
-    return ImageSink(out, picture(kind), items, resume=resume)
+        return CocoSink(out, kind, items, own=own)
+    return ImageSink(out, picture(kind), items, own=own)
 
 
 def segment_folder(
@@ -456,7 +457,7 @@ def test_a_full_disk_ends_the_run_and_the_next_resumes(
 
         def __init__(self, sink: Sink) -> None:
             self._sink, self._room = sink, [None] * 11
-            self.path_of, self.finish = sink.path_of, sink.finish
+            self.path_of, self.beside_sources, self.finish = sink.path_of, sink.beside_sources, sink.finish
 
         def write(self, item: Item, result: Segmentation) -> Written:
             try:
@@ -691,7 +692,7 @@ def test_the_memory_of_results_is_counted(photo_copies: Path, segmenter: Segment
     items = [Item(next(photo_copies.rglob("*.jpg")), PurePath("one"))]
     for spare in (0, sinks.KINDS[kind].spare):
         sink = ImageSink(tmp_path / str(spare), picture("mask"), items)
-        read = batch._steps(segmenter, sink, True, False, False, spare).read
+        read = batch._steps(segmenter, sink, None, True, False, False, spare).read
         read(items[0], asked.append)
     with Image.open(items[0].source) as image:
         assert asked[1] - asked[0] == sinks.KINDS[kind].spare * image.width * image.height

@@ -27,6 +27,7 @@ from petseg_runtime.doctor import EngineCheck, RuleLine
 from petseg_runtime.engines.base import Engine, EngineInfo, EngineOptions
 from petseg_runtime.errors import EngineError
 from petseg_runtime.host import host
+from petseg_runtime.result import Segmentation
 from petseg_runtime.signals import terminable
 from petseg_runtime.spec import ModelSpec
 
@@ -64,6 +65,23 @@ def test_each_round_has_separate_times_on_a_described_machine(proven: Artifact) 
     assert lengths.pop() % 6 == 0, "complete passes over the sample photos"
     total = np.array(row.stages["total"])
     assert np.allclose(total, sum(np.array(row.stages[stage]) for stage in STAGES[:-1]))
+
+
+def test_the_last_stage_is_all_that_a_result_takes(proven: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(probability: np.ndarray) -> np.ndarray:
+        time.sleep(0.02)
+        return probability
+
+    def lowest_pet(result: Segmentation) -> int:
+        masks.append(result)
+        return 128
+
+    masks: list[Segmentation] = []
+    monkeypatch.setattr(benchmark, "without_doubtful", slowly)
+    monkeypatch.setattr(Segmentation, "_lowest_pet", property(lowest_pet))
+    (row,) = measure(proven, ["onnxruntime"], "cpu", threads=1, batch=1, seconds=SHORT).rows
+    assert min(row.stages["finish"]) >= 20
+    assert len(masks) == len(row.stages["finish"])
 
 
 def test_engines_below_float32_are_also_measured_in_float32(blur: Any, tmp_path: Path) -> None:

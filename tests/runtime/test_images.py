@@ -492,6 +492,31 @@ def test_a_transparent_colour_without_palette_is_composited_over_white() -> None
     assert photo.notes == OVER_WHITE
 
 
+def transparent_png(depth: int, colour: int, key: bytes, rows: bytes) -> bytes:
+    """Two pixels, and the colour that is transparent."""
+    return raw_png(2, 1, b"\0" + rows, chunk(b"tRNS", key), depth=depth, colour=colour)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (transparent_png(16, 2, b"\x80\0" * 3, b"\x80\0" * 3 + bytes(6)), [[255] * 3, [0] * 3]),
+        (transparent_png(16, 2, b"\x12\x34\0\0\xff\xff", b"\x12\x34\0\0\xff\xff" + b"\7" * 6), [[255] * 3, [7] * 3]),
+        (transparent_png(2, 0, b"\0\1", b"\x60"), [[255] * 3, [170] * 3]),
+        (transparent_png(4, 0, b"\0\3", b"\x35"), [[255] * 3, [85] * 3]),
+        (transparent_png(1, 0, b"\0\0", b"\x40"), [[255] * 3, [255] * 3]),
+        (transparent_png(8, 0, b"\0\x33", b"\x33\x34"), [[255] * 3, [0x34] * 3]),
+    ],
+    ids=["RGB of 16 bits", "RGB of 16 bits, in colour", "grey of 2 bits", "grey of 4 bits", "of 1 bit", "of 8 bits"],
+)
+def test_a_transparent_colour_counts_in_the_files_own_bits(data: bytes, expected: list[list[int]]) -> None:
+    assert read(data).pixels.tolist() == [expected]
+    with Image.open(io.BytesIO(data)) as image:
+        assert [read(image).pixels.tolist() for _ in range(2)] == 2 * [[expected]], "the second time, it is decoded"
+        image.save(saved := io.BytesIO(), "PNG")
+    assert read(saved.getvalue()).pixels.tolist() == [expected]
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_the_first_frame_of_an_animation_is_used_with_a_note(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]

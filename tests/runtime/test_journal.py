@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path, PurePath
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petseg_runtime.errors import OutputError
-from petseg_runtime.journal import JOURNAL, Journal, Values
+from petseg_runtime.journal import JOURNAL, Journal, OwnFiles, Values
 from petseg_runtime.sources import STDIN, Item
 
 SETTINGS = {"as": "mask", "threshold": 0.5, "background": None}
@@ -575,3 +576,53 @@ def test_a_file_system_without_locks_is_supported(folder: Path, photo: Photo, mo
     monkeypatch.setattr("fcntl.flock", flock)
     note(folder, photo())
     assert is_finished(folder, photo())
+
+
+# ----------------------------------------------------------------------------------------------- own files
+
+
+def test_own_files_are_those_noted_or_begun_by_any_run(folder: Path, photo: Photo) -> None:
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        journal.begin(folder / "sub" / "dog.png")
+        journal.add(photo("cat"), folder / "cat.png")
+        with Journal(folder, SETTINGS | {"threshold": 0.9}, resume=False) as other:
+            other.begin(folder / "clip")
+    with (folder / JOURNAL).open("a") as file:
+        file.write('[]\n{"begun": 3}\n{"name": "cut')
+    own = OwnFiles(folder)
+    for name, is_own in {
+        "cat.png": True,
+        "sub/dog.png": True,
+        "clip": True,
+        "cat.jpg": False,
+        "dog.png": False,
+    }.items():
+        assert (folder / name in own) == is_own, name
+    assert is_finished(folder, photo("cat")), "the other lines are ignored"
+
+
+@pytest.mark.parametrize("what", ["nothing", "a folder", "a link", "a pipe", "something else"])
+def test_without_a_journal_no_file_is_petsegs_own(folder: Path, what: str) -> None:
+    path = folder / JOURNAL
+    (folder / "other").write_text('{"begun": "cat.png"}\n')
+    if what == "a folder":
+        path.mkdir()
+    elif what == "a link":
+        path.symlink_to("other")
+    elif what == "a pipe":
+        os.mkfifo(path)
+    elif what == "something else":
+        path.write_bytes(b"\xff\n\n" + b"[" * 100_000)
+    assert folder / "cat.png" not in OwnFiles(folder)
+    assert path.exists() == (what != "nothing")
+
+
+def test_lines_of_several_threads_are_all_read_back(folder: Path, tmp_path: Path) -> None:
+    items = [Item(tmp_path / f"{number}.jpg", PurePath(f"{number}")) for number in range(300)]
+    with Journal(folder, SETTINGS, resume=False) as journal:
+        begin = threading.Thread(target=lambda: [journal.begin(folder / "0.png") for _ in range(3000)])
+        begin.start()
+        for item in items:
+            journal.add(item, None, {"number": str(item.name)})
+        begin.join()
+        assert [value["number"] for _, value in Values(journal, items)] == [str(item.name) for item in items]

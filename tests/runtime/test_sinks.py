@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from petseg_runtime import images
 from petseg_runtime.errors import InputError, OutputError, UsageError
 from petseg_runtime.result import Segmentation
 from petseg_runtime.sinks import (
@@ -204,6 +205,13 @@ def test_a_background_may_be_a_picture_which_is_fitted(tmp_path: Path, result: S
     assert (pixels[0, 0] == (200, 0, 0)).all()
     assert (pixels[0, -1] == (0, 0, 200)).all()
     assert (pixels[10, 12] == 90).all()
+
+
+def test_a_backgrounds_broken_profile_does_not_become_the_results(result: Segmentation) -> None:
+    """It cannot be converted, so its colours are taken as they are."""
+    beach = images.with_profile(Image.new("RGB", (60, 50), "green"), bytes(16) + b"RGB " + bytes(180))
+    assert "icc_profile" not in picture("background", background=beach).render(result).info
+    assert "icc_profile" not in result.on_background(beach).info
 
 
 def test_a_background_is_fitted_once_per_size_and_profile(
@@ -457,7 +465,7 @@ def test_annotations_beside_the_photos_are_not_replaced(tmp_path: Path) -> None:
         (tmp_path / folder / "annotations.json").write_text("weeks of work")
     with pytest.raises(OutputError, match=r"annotations\.json: already exists, beside the photos"):
         CocoSink(tmp_path / "in", "coco-rle", items)
-    CocoSink(tmp_path / "in", "coco-rle", items, resume=True).finish([])
+    CocoSink(tmp_path / "in", "coco-rle", items, own=[tmp_path / "in" / "annotations.json"]).finish([])
     CocoSink(tmp_path / "out", "coco-rle", items).finish([])
     assert all("categories" in path.read_text() for path in tmp_path.rglob("annotations.json"))
 
@@ -474,7 +482,9 @@ def test_an_earlier_runs_results_are_replaced_in_a_separate_folder(tmp_path: Pat
 def test_a_resumed_run_replaces_results_beside_the_photos(tmp_path: Path, result: Segmentation) -> None:
     items = photos(tmp_path, "cat.png")
     (tmp_path / "cat.jpg").write_bytes(b"by the run that was stopped")
-    sink = ImageSink(tmp_path, picture("overlay"), items, resume=True)
+    with pytest.raises(OutputError, match="beside the photos"):
+        ImageSink(tmp_path, picture("overlay"), items, own=[tmp_path / "dog.jpg"])
+    sink = ImageSink(tmp_path, picture("overlay"), items, own=[tmp_path / "cat.jpg"])
     sink.write(items[0], result)
     with Image.open(tmp_path / "cat.jpg") as written:
         assert written.size == (30, 20)

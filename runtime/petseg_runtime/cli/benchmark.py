@@ -73,10 +73,11 @@ def benchmark(
     """Measure the speed of MODEL (default: the built-in model) in every engine that works on this machine.
 
     Latency: one caller with all threads. Throughput: as many callers as threads. Stages: the sample photos from file to
-    mask: decode, convert (to the model's size), infer, finish (back to the photo's size). Engines take turns in rounds;
-    the range of the rounds' medians shows how steady the machine is. An engine that computes a float32 model in a lower
-    precision by default (bf16, TF32) is measured twice, the second time with float32 forced. Engines that cannot run
-    the model are listed with the reason. Exit codes: 0 if something was measured, 5 if nothing was.
+    mask: decode, convert (to the model's size), infer, finish (low-confidence regions are dropped, the rest is resized
+    to the photo's size, and the mask made). Engines take turns in rounds; the range of the rounds' medians shows how
+    steady the machine is. An engine that computes a float32 model in a lower precision by default (bf16, TF32) is
+    measured twice, the second time with float32 forced. Engines that cannot run the model are listed with the reason.
+    Exit codes: 0 if something was measured, 5 if nothing was.
 
     With --sustained, find out whether the machine slows down under load: run the engine that `auto` chooses, or the one
     given with --backend, with as many callers as threads. Ctrl-C stops it and prints what was measured so far.

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -308,7 +308,7 @@ def _journal(segmenter: Segmenter, found: _Found, options: _Options, background:
 
     folder = options.folder
     # One photo that was found by a search needs a journal, too: the next search must recognise its result.
-    noted = options.resume or _searched(options.sources) or len(found.items) > 1 or options.coco
+    noted = options.resume or _searched(options.sources) or len(found.items) > 1
     if folder is None or found.live or not noted:
         return None
     settings = _appearance(found, options, background) | _settings(segmenter)
@@ -560,6 +560,8 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         raise UsageError(f"--no-audio is for movies ({', '.join(MOVIES)}); {form} has no sound anyway")
     if options.resume and found.live:
         raise UsageError("--resume is for files; streams need none: their new results never replace earlier ones")
+    if options.resume:
+        _check_resumable(found, options.quiet)
     output = Output(
         folder=folder,
         kind=options.result,
@@ -569,7 +571,25 @@ def _video_output(found: _Found, options: _Options, background: Background | Non
         audio=not options.no_audio,
     )
     photos = {str(i.source): f"{folder / i.name}.{options.photo_format}" for i in found.photos} if folder else {}
-    return check_places(output, found.streams, photos, resume=_resumes(options))
+    return check_places(output, found.streams, photos, _own_files(options))
+
+
+def _check_resumable(found: _Found, quiet: bool) -> None:
+    """Report videos that ``--resume`` processes from the start: nothing tells whether they are still the same.
+
+    Raises:
+        UsageError: There are only such videos.
+    """
+    files = {video.name for video in found.videos}
+    for origin in found.streams:
+        if origin.name in files:
+            continue
+        if not found.items:
+            raise UsageError(
+                f"{origin.shown}: --resume is for files; a video on standard input or on a server is processed from "
+                "the start, so run it without --resume"
+            )
+        _print_note(f"{origin.shown}: not a file, so --resume processes it from the start", quiet)
 
 
 def _videos(segmenter: Segmenter, output: Output, options: _Options) -> Videos:
@@ -602,20 +622,20 @@ def _sink(found: _Found, options: _Options, background: Background | None) -> Si
     """Returns the sink that writes the photos' results."""
     from petseg_runtime import sinks
 
-    folder, resume = options.folder, _resumes(options)
+    folder, own = options.folder, _own_files(options)
     if folder and options.coco:
-        return sinks.CocoSink(folder, options.result, found.items, resume=resume)
+        return sinks.CocoSink(folder, options.result, found.items, own=own)
     picture = sinks.picture(options.result, options.format, background)
     if folder is None:
         return sinks.StreamSink(sys.stdout.buffer, picture)
-    return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, resume=resume)
+    return sinks.ImageSink(folder, picture, found.photos, beside=found.videos, own=own)
 
 
-def _resumes(options: _Options) -> bool:
-    """Whether there is a run to resume: without a journal, petseg has not written there, and no file is its own."""
-    from petseg_runtime.journal import JOURNAL
+def _own_files(options: _Options) -> Container[Path]:
+    """The files beside the sources that the run may replace: those that the run to be resumed has written."""
+    from petseg_runtime.journal import OwnFiles
 
-    return options.resume and options.folder is not None and (options.folder / JOURNAL).exists()
+    return OwnFiles(options.folder) if options.resume and options.folder else ()
 
 
 def _segmenter(photos: int, options: _Options) -> Segmenter:

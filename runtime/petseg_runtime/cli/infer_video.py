@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -52,6 +52,7 @@ class Output:
         segment: Seconds in one file.
         audio: Copy the sound into the results.
         reserved: Real paths that further movies of a source must not use.
+        beside: Real paths of the folders with sources, where an existing file may be the user's.
     """
 
     folder: Path | None
@@ -61,6 +62,7 @@ class Output:
     segment: float | None = None
     audio: bool = True
     reserved: frozenset[str] = frozenset()
+    beside: frozenset[str] = frozenset()
 
     def of(self, origin: Origin, threads: int | None = None) -> VideoSink:
         """Returns the sink for one source.
@@ -113,6 +115,10 @@ class Output:
 
         return not origin.endless and self.segment is None and self.format in (*MOVIES, "ndjson")
 
+    def is_beside(self, path: Path) -> bool:
+        """Whether a path is in one of the folders with sources."""
+        return os.path.realpath(path.parent) in self.beside
+
     def _files(self, origin: Origin, place: Path) -> Iterator[Path]:
         """Yields the paths of a source's movies, or files of lines, in order."""
         from petseg_runtime.video.numbered import numbered, pieces
@@ -123,7 +129,12 @@ class Output:
             return pieces(place, self.format)
         # Frames may change their size within a file, too.
         more = (place.with_name(f"{place.stem}-{number}{place.suffix}") for number in itertools.count(2))
-        return itertools.chain([place], (path for path in more if os.path.realpath(path) not in self.reserved))
+        return itertools.chain([place], filter(self._is_free, more))
+
+    def _is_free(self, path: Path) -> bool:
+        """Whether a further movie may have this path: it replaces nothing of this run, and no file beside a source."""
+        taken = self.is_beside(path) and os.path.lexists(path)
+        return not taken and os.path.realpath(path) not in self.reserved
 
 
 @dataclass
@@ -227,16 +238,18 @@ class Videos:
             self.reports.append(VideoReport(origin.shown, item.problem))
             self._print_end(origin, self.reports[-1])
             return
-        if not journal or not item:
+        if not journal:
             self._one(origin)
             return
         place = self.output.place(origin)
         result = place if self.output.is_one_file(origin) else None
-        if journal.finished(item, result) and place.exists():
+        if item and journal.finished(item, result) and place.exists():
             self.skipped += 1
             return
+        if self.output.is_beside(place):
+            journal.begin(place)
         report = self._one(origin)
-        if not report.error and not report.stopped:
+        if item and not report.error and not report.stopped:
             journal.add(item, result)
 
     def _all_at_once(self, origins: Sequence[Origin]) -> None:
@@ -462,17 +475,19 @@ class _Progress:
             self._bar.update(self._task, completed=done, frames=frame.number + 1)
 
 
-def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str, str], *, resume: bool) -> Output:
+def check_places(
+    output: Output, origins: Sequence[Origin], photos: Mapping[str, str], own: Container[Path] = ()
+) -> Output:
     """Reject results that would replace a source, each other, or files that somebody may have put beside the sources.
 
     Args:
         output: Which results the videos get, and where.
         origins: The videos.
         photos: The photos of the same run, and the path of each one's result.
-        resume: The existing results are this run's own.
+        own: Existing files and folders that petseg has written, which a resumed run may replace.
 
     Returns:
-        The output, with the paths that its further movies must not replace.
+        The output, with the paths and folders in which its further movies must not replace anything.
 
     Raises:
         OutputError: Results would replace something; nothing is written yet.
@@ -488,7 +503,8 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
     places = {real(output.place(origin)): origin.shown for origin in origins}
     results = {real(result): photo for photo, result in photos.items()} | places
     with_sources, with_results = _folders(sources), _folders(results)
-    beside = {os.path.dirname(source) for source in sources}  # noqa: PTH120 (strings are compared, not paths)
+    beside = frozenset(os.path.dirname(source) for source in sources)  # noqa: PTH120 (strings are compared, not paths)
+    output = dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()), beside=beside)
     for origin in origins:
         place = output.place(origin)
         there = real(place)
@@ -496,7 +512,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
             raise OutputError(f"{place}: the result of {origin.shown} would replace a source; choose another --output")
         if other := with_results.get(there):
             raise OutputError(f"{place}: results of {origin.shown} and {other} would mix; use one --output for each")
-        if not resume and not origin.endless and os.path.dirname(there) in beside and os.path.lexists(place):  # noqa: PTH120
+        if not origin.endless and output.is_beside(place) and os.path.lexists(place) and place not in own:
             raise OutputError(f"{place}: already exists beside the videos; move it, or choose another --output")
         if origin.endless or output.is_one_file(origin):
             continue
@@ -505,7 +521,7 @@ def check_places(output: Output, origins: Sequence[Origin], photos: Mapping[str,
                 f"{place}: results of {origin.shown} would mix with sources such as {source}; choose another --output"
             )
         claimable(place)
-    return dataclasses.replace(output, reserved=frozenset(sources.keys() | results.keys()))
+    return output
 
 
 def _folders(files: Mapping[str, str]) -> dict[str, str]:

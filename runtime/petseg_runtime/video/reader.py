@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,6 +58,10 @@ _SEEK_MARGIN: Final = 10.0
 #: Formats (FFmpeg's names) that recorders and receivers may start and end anywhere: the first pictures may reference
 #: earlier ones that are missing, and the last one may be incomplete.
 _CUT_ANYWHERE: Final = frozenset({"h264", "hevc", "m4v", "mpeg", "mpegts", "mpegvideo"})
+
+#: A damaged frame with fewer frames after it may be the incomplete end of such a file. (The last two frames are; they
+#: may be output in another order.)
+_INCOMPLETE_END: Final = 16
 
 #: Packets of at least this many bytes are assumed to hold a picture.
 _PICTURE_BYTES: Final = 4096
@@ -141,6 +146,7 @@ class VideoReader:
         self._last_rejection = ""  # why it rejected the last of them
         self._expected_losses = 0  # of these: before the first picture, and at the very end of what may be cut anywhere
         self._packets_read = 0  # of the video stream
+        self._marked = _MarkedFrames(cut_begin=False, cut_end=False)
         self.rest: list[Sound] = []  #: audio after the last frame, complete once the iteration has ended
         if isinstance(source, os.PathLike):
             source = os.fspath(source)
@@ -250,9 +256,11 @@ class VideoReader:
 
     @property
     def damage(self) -> str | None:
-        """How much of the video could not be decoded so far, as text; None: no picture is missing."""
-        lost = self.undecodable - self._expected_losses
-        return f"{lost} of {self._packets_read} packets could not be decoded" if lost else None
+        """How much of the video could not be decoded so far, as text; None: the decoder has found no damage."""
+        lost, damaged = self.undecodable - self._expected_losses, self._marked.damaged
+        packets = [f"{lost} of {self._packets_read} packets could not be decoded"] if lost else []
+        frames = [f"{damaged} of {self._marked.seen} frames are damaged"] if damaged else []
+        return ", ".join(packets + frames) or None
 
     def _truncation(self, end: Fraction) -> str | None:
         """How a file is known to end early, where FFmpeg just reports its end; None: nothing indicates that it does.
@@ -333,6 +341,7 @@ class VideoReader:
         self.undecodable = self._expected_losses = self._packets_read = 0
         anywhere = self._container.format.name in _CUT_ANYWHERE
         before_first, cut = self._start > 0 or anywhere, False
+        self._marked = _MarkedFrames(cut_begin=before_first, cut_end=anywhere)
         parameter_sets = _ParameterSets(self.stream)
         for packet in self._packets():
             # A source that sends undecodable data, or everything but pictures (audio, a camera's metadata), would never
@@ -357,6 +366,7 @@ class VideoReader:
             for frame in frames:
                 before_first = False
                 _check_size(frame.width, frame.height, self.name)
+                self._marked.add(frame)
                 yield frame
                 since = time.monotonic()
         self._expected_losses += cut
@@ -403,6 +413,37 @@ _COVER_ART: Final = Disposition.attached_pic
 
 #: ``AVFMT_NOTIMESTAMPS``: raw H.264, and the MJPEG of cameras.
 _NO_TIMESTAMPS: Final = 0x80
+
+
+class _MarkedFrames:
+    """Counts the frames that the decoder has marked as damaged.
+
+    The decoders of MPEG-2 and MPEG-4 part 2 fill damaged parts of a picture from others, and report no error.
+    """
+
+    def __init__(self, *, cut_begin: bool, cut_end: bool) -> None:
+        """Start to count.
+
+        Args:
+            cut_begin: The first pictures may reference earlier ones that are missing; if so, they are not damaged.
+            cut_end: The last pictures may be incomplete; if so, they are not damaged.
+        """
+        self.seen = 0  #: all frames
+        self._marked, self._begun = 0, not cut_begin
+        self._latest: deque[bool] = deque(maxlen=_INCOMPLETE_END if cut_end else 0)
+
+    def add(self, frame: av.VideoFrame) -> None:
+        """Count a frame."""
+        self.seen += 1
+        self._begun = self._begun or not frame.is_corrupt
+        is_damaged = self._begun and frame.is_corrupt
+        self._marked += is_damaged
+        self._latest.append(is_damaged)
+
+    @property
+    def damaged(self) -> int:
+        """How many are damaged."""
+        return self._marked - sum(self._latest)
 
 
 class _ParameterSets:

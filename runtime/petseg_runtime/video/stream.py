@@ -373,14 +373,8 @@ class Stream:
     def _decode(self) -> None:
         try:
             frames = iter(self._frames)
-            for number, frame in enumerate(frames):
-                if number % self._stride:
-                    self.rest += frame.sound
-                    continue
-                frame.sound[:0], self.rest = self.rest, []
+            for frame in self._every_nth(frames):
                 self.timings.add("decode", frame.decoding)
-                frame.number = number // self._stride
-                frame.duration *= self._stride
                 if not self._inputs.put(frame):
                     return
                 if frame.number + 1 == self._max_frames:
@@ -397,6 +391,38 @@ class Stream:
             # Here, because closing what another thread is reading would crash the process.
             if close := getattr(self._frames, "close", None):
                 close()
+
+    def _every_nth(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """Yield every ``stride``-th frame; the audio of those between is in ``rest`` until the next one.
+
+        A frame is shown for as long as those that are skipped after it, too. In a file, it is held back until these are
+        known, because the file may end among them. A live source is not delayed, nor is the last of ``max_frames``,
+        after which nothing is read: as many frames of the same duration are assumed.
+        """
+        held: Frame | None = None
+        try:
+            for number, frame in enumerate(frames):
+                if number % self._stride:
+                    self.rest += frame.sound
+                    if held:
+                        held.duration += frame.duration
+                    continue
+                if held:
+                    yield held
+                held = None
+                frame.number = number // self._stride
+                frame.sound[:0], self.rest = self.rest, []
+                if self._stride > 1 and self._policy == "block" and frame.number + 1 != self._max_frames:
+                    held = frame
+                else:
+                    frame.duration *= self._stride
+                    yield frame
+        except InputError:
+            if held:  # what was read until then is valid
+                yield held
+            raise
+        if held:
+            yield held
 
     def _read_late_audio(self, last: Frame, frames: Iterator[Frame]) -> None:
         """Read on to the end of the audio that belongs to the last frame: files may store it after later frames."""

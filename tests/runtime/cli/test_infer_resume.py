@@ -170,6 +170,19 @@ def test_a_single_photo_leaves_no_journal_without_resume(photo: Path, tmp_path: 
     assert files(tmp_path / "out") == {"cat.png", JOURNAL}
 
 
+@pytest.mark.parametrize("kind", ["coco-polygons", "coco-rle"])
+def test_annotations_of_a_single_photo_leave_no_journal_without_resume(photo: Path, tmp_path: Path, kind: str) -> None:
+    """Else later searches would skip the folder of the photo."""
+    command = ["infer", str(photo), "--as", kind, "--output"]
+    assert run([*command, str(photo.parent)]) == 0
+    assert files(photo.parent) == {"cat.jpg", "annotations.json"}
+    found = json.loads((photo.parent / "annotations.json").read_text())
+    assert [len(found[part]) for part in ("images", "annotations")] == [1, 1]
+    assert run([*command, str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == {"annotations.json", JOURNAL}
+    assert json.loads((tmp_path / "out" / "annotations.json").read_text()) == found
+
+
 def test_during_an_active_run_another_can_start_but_not_resume(
     reds: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +217,88 @@ def test_resuming_beside_the_photos_replaces_only_its_own_results(
         assert run([*command, "--output", str(tmp_path)]) == 0
 
 
+def in_place(folder: Path, *names: str) -> list[str]:
+    """Photos in a folder, and the command that puts their masks beside them; the caller adds options."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        if not path.exists():
+            Image.new("RGB", (20, 30), "red").save(path)
+    return ["infer", *map(str, paths), "--as", "mask", "--model", str(folder / "toy.onnx"), "--output", str(folder)]
+
+
+def test_resuming_with_more_photos_replaces_no_file_beside_them(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(tmp_path / "toy.onnx")
+    assert run(in_place(tmp_path, "a.jpg", "b.jpg")) == 0
+    capsys.readouterr()
+    (tmp_path / "c.png").write_bytes(b"somebody's own")
+    command = in_place(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    for options, name in ([], "a.png"), (["--resume"], "c.png"):
+        assert run([*command, *options]) == 6
+        said = f"{tmp_path / name}: already exists, beside the photos; move it, or choose another --output"
+        assert capsys.readouterr().err == f"petseg: {said}\n"
+    assert (tmp_path / "c.png").read_bytes() == b"somebody's own"
+    (tmp_path / "c.png").unlink()
+    assert run([*command, "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"3 photos: 1 written to {tmp_path}, 2 already there"
+
+
+def test_a_killed_run_beside_the_photos_is_resumed(toy: Toy, tmp_path: Path) -> None:
+    """The last results are in place, but not noted yet."""
+    toy(tmp_path / "toy.onnx")
+    command = in_place(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+    assert run(command) == 0
+    lines = (tmp_path / JOURNAL).read_text().splitlines()
+    (tmp_path / JOURNAL).write_text("\n".join(line for line in lines if '"name"' not in line))
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"not noted")
+    assert run([*command, "--resume"]) == 0
+    with Image.open(tmp_path / "c.png") as mask:
+        assert mask.size == (20, 30)
+
+
+@pytest.mark.parametrize("options", [["--as", "mask"], ["--as", "mask", "--only-found"]], ids=" ".join)
+def test_the_place_of_a_photo_without_a_result_may_be_used_by_others(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """Such as one that could not be read, which the user then converts."""
+    toy(tmp_path / "toy.onnx")
+    command = [*in_place(tmp_path, "a.jpg", "b.jpg"), *options]
+    if "--only-found" in options:
+        Image.new("RGB", (20, 30), "blue").save(tmp_path / "b.jpg")
+    else:
+        (tmp_path / "b.jpg").write_bytes(b"no photo")
+    assert run(command) == (0 if "--only-found" in options else 3)
+    (tmp_path / "b.png").write_bytes(b"somebody's own")
+    assert run([*command, "--resume"]) == 6
+    assert "b.png: already exists" in capsys.readouterr().err
+    assert (tmp_path / "b.png").read_bytes() == b"somebody's own"
+
+
+def test_a_run_to_another_folder_notes_only_results_in_place(reds: list[str], tmp_path: Path) -> None:
+    """A line more for each photo would be twice the file."""
+    assert run([*reds, str(tmp_path / "out")]) == 0
+    assert len((tmp_path / "out" / JOURNAL).read_text().splitlines()) == 1 + 5
+
+
+def test_annotations_of_a_run_that_did_not_reach_its_end_are_somebodys_own(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(tmp_path / "toy.onnx")
+    command = [*in_place(tmp_path, "a.jpg", "b.jpg"), "--as", "coco-rle"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "begin", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            run(command)
+    (tmp_path / "annotations.json").write_bytes(b"weeks of work")
+    assert run([*command, "--resume"]) == 6
+    assert "annotations.json: already exists, beside the photos" in capsys.readouterr().err
+    (tmp_path / "annotations.json").unlink()
+    for _ in range(2):
+        assert run([*command, "--resume"]) == 0
+
+
 def test_resuming_beside_the_videos_replaces_only_its_own_results(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,3 +312,36 @@ def test_resuming_beside_the_videos_replaces_only_its_own_results(
     for printed in (1, 0):  # its own result is neither in the way nor made again
         assert run([*command, "--output", str(tmp_path)]) == 0
         assert len(capsys.readouterr().out.splitlines()) == printed
+
+
+@pytest.mark.parametrize("form", ["mp4", "png"])
+def test_resuming_with_more_videos_replaces_no_file_beside_them(
+    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    model = str(toy(tmp_path / "toy.onnx").path)
+    videos = [write_clip(tmp_path / f"{name}.mkv", 3, sound=None) for name in "ab"]
+    options = ["--as", "mask", "--format", form, "--model", model, "--output", str(tmp_path)]
+    assert run(["infer", *map(str, videos), *options]) == 0
+    videos.append(write_clip(tmp_path / "c.mkv", 3, sound=None))
+    mine = tmp_path / ("c.mp4" if form == "mp4" else "c/000000.png")
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_bytes(b"somebody's own")
+    capsys.readouterr()
+    assert run(["infer", *map(str, videos), *options, "--resume"]) == 6
+    assert "already exists beside the videos" in capsys.readouterr().err
+    assert mine.read_bytes() == b"somebody's own"
+    mine.rename(tmp_path / "elsewhere")
+    if form == "png":
+        mine.parent.rmdir()
+    assert run(["infer", *map(str, videos), *options, "--resume"]) == 0
+    assert "3 videos: 1 done, 2 already there" in capsys.readouterr().out
+
+
+def test_a_stopped_or_failed_video_is_resumed_beside_its_source(toy: Toy, tmp_path: Path) -> None:
+    """Its movie is in place, but not noted."""
+    good, bad = (write_clip(tmp_path / f"{name}.mkv", 60, sound=None) for name in ("good", "bad"))
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    options = ["--as", "mask", "--model", str(toy(tmp_path / "toy.onnx").path), "--output", str(tmp_path)]
+    for more in ([], ["--resume"]):
+        assert run(["infer", str(good), str(bad), *options, *more]) == 3
+        assert {"good.mp4", "bad.mp4"} <= files(tmp_path)

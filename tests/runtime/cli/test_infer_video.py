@@ -262,12 +262,12 @@ def test_output_path_checks_of_many_files_are_not_pairwise(tmp_path: Path) -> No
     photos = {f"in/{n}.jpg": str(tmp_path / "out" / f"{n}.jpg.png") for n in range(count)}
     output = infer_video.Output(folder=tmp_path / "out", kind="mask", format="png")
     start = time.monotonic()
-    checked = infer_video.check_places(output, origins, photos, resume=False)
+    checked = infer_video.check_places(output, origins, photos)
     assert time.monotonic() - start < 10
     assert len(checked.reserved) == 4 * count
     photos["in/x.jpg"] = str(tmp_path / "out" / "9999" / "deep" / "x.png")
     with pytest.raises(OutputError, match=r"results of in/9999\.mp4 and in/x\.jpg would mix"):
-        infer_video.check_places(output, origins, photos, resume=False)
+        infer_video.check_places(output, origins, photos)
 
 
 def test_full_failure_exits_with_1(tmp_path: Path, clips: Path, model: str) -> None:
@@ -426,17 +426,43 @@ def test_a_videos_pictures_are_not_mixed_with_photo_results(
     assert tree(tmp_path / "out") == []
 
 
+def write_two_sizes(path: Path) -> Path:
+    """A clip whose frame size changes in the middle."""
+    parts = [
+        write_clip(path.with_suffix(".part.ts"), 10, sound=None, size=s).read_bytes() for s in ((48, 64), (64, 96))
+    ]
+    path.with_suffix(".part.ts").unlink()
+    path.write_bytes(b"".join(parts))
+    return path
+
+
 def test_a_frame_size_change_never_replaces_another_result(tmp_path: Path, model: str) -> None:
     source = tmp_path / "in"
     write_clip(source / "clip-2.mp4", 5, sound=None)
-    small, large = (
-        write_clip(tmp_path / f"{name}.ts", 10, sound=None, size=size)
-        for name, size in (("small", (48, 64)), ("large", (64, 96)))
-    )
-    (source / "clip.ts").write_bytes(small.read_bytes() + large.read_bytes())
+    write_two_sizes(source / "clip.ts")
     assert infer(source, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
     assert tree(tmp_path / "out") == [JOURNAL, "clip-2.mp4", "clip-3.mp4", "clip.mp4"]
     assert [frames_in(tmp_path / "out" / f"clip{n}.mp4") for n in ("", "-2", "-3")] == [10, 5, 10]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["", "through a link"])
+def test_a_frame_size_change_never_replaces_files_beside_the_source(tmp_path: Path, model: str, linked: bool) -> None:
+    clip = write_two_sizes(tmp_path / "clip.ts")
+    (tmp_path / "clip-2.mp4").write_text("mine")
+    (tmp_path / "clip-3.mp4").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert infer(clip, "--as", "mask", "--model", model, "--output", tmp_path / "link" if linked else tmp_path) == 0
+    assert (tmp_path / "clip-2.mp4").read_text() == "mine"
+    assert tree(tmp_path) == ["clip-2.mp4", "clip-4.mp4", "clip.mp4", "clip.ts"]
+    assert (tmp_path / "clip-3.mp4").is_symlink()
+    assert [frames_in(tmp_path / f"clip{n}.mp4") for n in ("", "-4")] == [10, 10]
+
+
+def test_a_frame_size_change_replaces_an_earlier_runs_movie_in_a_separate_folder(tmp_path: Path, model: str) -> None:
+    clip = write_two_sizes(tmp_path / "clip.ts")
+    for _ in range(2):
+        assert infer(clip, "--as", "mask", "--model", model, "--output", tmp_path / "out") == 0
+    assert tree(tmp_path / "out") == ["clip-2.mp4", "clip.mp4"]
 
 
 # ------------------------------------------------------------------------------------------------- signals
@@ -1090,6 +1116,8 @@ def test_a_closed_stderr_does_not_stop_the_run(tmp_path: Path, clips: Path, mode
         (["{clip}", "--background", "{clip}"], 1, "clip.mp4: "),
         (["{clip}", "--smooth", "1"], 2, "--smooth"),
         (["{clip}", "--stride", "0"], 2, "--stride"),
+        (["http://127.0.0.1:9/clip.mp4", "--resume"], 2, "127.0.0.1:9/clip.mp4: --resume is for files; a video on"),
+        (["-", "--raw", "16x16@5", "--resume"], 2, "--resume is for files; a video on standard input"),
         (["{clip}", "--as", "mask", "--output", "-", "--format", "mp4"], 2, "give a folder with --output"),
         (["{clip}", "--as", "lines", "--output", "-"], 2, "give a folder with --output"),
         (["{clip}", "--output", "-", "--json"], 2, "give a folder with --output"),
@@ -1130,13 +1158,24 @@ def test_every_option_of_videos_reaches_the_run(
     assert infer(file, *options) == 0
     assert infer("lavfi:testsrc", *options, "--give-up", 6) == 0
     assert tree(tmp_path) == [], "an address is no pattern, whose results would need a journal"
-    given += ["--segment", 5, "--no-audio", "-v", "--resume", "--input-option", "headers=a=b"]
+    given += ["--segment", 5, "--no-audio", "-v", "--input-option", "headers=a=b"]
     assert infer(file, *options, *given) == 0
     defaults = [(Reading(patience=patience), None, True, False) for patience in (None, 6)]
     assert started == [*defaults, (reading, 5, False, True)]
     assert passed[2] == {"headers": "a=b"}
     assert infer(file, *options, "--give-up", 6) == 2
     assert "--give-up is for cameras and streams, and none was given" in capsys.readouterr().err
+
+
+def test_a_video_that_is_no_file_is_not_resumed_and_a_note_says_so(
+    tmp_path: Path, clips: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, server = shutil.copy(clips / "short.mp4", tmp_path / "clip.mkv"), "http://127.0.0.1:9/clip.mp4"
+    options = ["--as", "lines", "--model", model, "--output", tmp_path / "out", "--resume"]
+    for more in ([], ["-q"]):
+        assert infer(clip, server, *options, *more) == 3
+        note = f"petseg: {server}: not a file, so --resume processes it from the start"
+        assert (note in capsys.readouterr().err.splitlines()) == (not more)
 
 
 def test_a_start_beyond_the_end_is_reported(

@@ -757,6 +757,44 @@ def test_packets_that_cannot_be_decoded_are_damage(tmp_path: Path, suffix: str, 
     assert (count, error, damage) == (30, None, "10 of 40 packets could not be decoded")
 
 
+def spoil_part(path: Path, damaged: Container[int]) -> Path:
+    """Overwrite some bytes in the middle of some packets, which need not be stored in one piece."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    for number, packet in enumerate(packets):
+        if number in damaged:
+            pieces = (packet[at : at + 20] for at in range(len(packet) // 2, len(packet), 10))
+            at = next(at for at in map(data.find, pieces) if at >= 0)
+            data[at : at + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mp4", "mpeg4"), ("avi", "mpeg4"), ("ts", "mpeg2video"), ("mpg", "mpeg2video")]
+)
+def test_frames_whose_damage_the_decoder_hides_are_damage(tmp_path: Path, suffix: str, codec: str) -> None:
+    clip = tmp_path / f"clip.{suffix}"
+    lively(clip, codec)
+    assert read_until_error(clip) == (100, None, None)
+    assert read_until_error(clip, start=1.3)[2] is None
+    assert read_until_error(spoil_part(clip, (20, 40, 60))) == (100, None, "3 of 100 frames are damaged")
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg"])
+def test_frames_at_the_cuts_of_a_broadcast_are_not_damage(tmp_path: Path, suffix: str) -> None:
+    """The first ones refer to missing pictures, and the last one is incomplete."""
+    whole, clip = lively(tmp_path / f"clip.{suffix}", "mpeg2video"), tmp_path / f"part.{suffix}"
+    marked = 0
+    for cut in range(0, 4000, 500):
+        clip.write_bytes(whole[cut + len(whole) // 4 : -cut - len(whole) // 4])
+        with VideoReader(clip) as reader:
+            marked += sum(frame.picture.is_corrupt for frame in reader)
+            assert reader.damage is None
+    assert marked
+
+
 #: SEI (user data of one byte) and access unit delimiter of H.264 and H.265, without length or start code.
 SETTINGS = {"libx264": ["0605010080", "09f0"], "libx265": ["4e0105010080", "460150"]}
 

@@ -172,6 +172,15 @@ def test_the_last_frame_is_shown_as_long_as_in_the_source(tmp_path: Path, name: 
         assert float(last.duration * last.time_base) == 3
 
 
+@pytest.mark.parametrize("stride", [1, 3, 25, 90_000])
+def test_a_stride_does_not_change_how_long_a_video_is(tmp_path: Path, stride: int) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", 40, sound=None)
+    run(clip, movie(tmp_path / "out.mp4"), stride=stride)
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        video = file.streams.video[0]
+        assert video.duration * video.time_base == pytest.approx(40 / 25, abs=1e-3)
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 3}])
 def test_audio_is_passed_through_bit_for_bit(tmp_path: Path, options: dict[str, Any]) -> None:
     clip = write_clip(tmp_path / "clip.mp4", 50)

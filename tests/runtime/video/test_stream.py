@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gc
+import itertools
 import math
 import subprocess
 import sys
@@ -124,6 +125,36 @@ def test_a_stride_takes_every_nth_frame_and_renumbers_them() -> None:
     done = list(stream_of([frame_of(n) for n in range(10)], stride=3))
     assert [s.frame.pts for s in done] == [0, 3, 6, 9]
     assert numbers(done) == [0, 1, 2, 3]
+
+
+def broken(frames: list[Frame]) -> Iterator[Frame]:
+    """A file that is damaged after these frames."""
+    yield from frames
+    raise UnreadableVideo("truncated", "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("reading", "durations"),
+    [
+        ({}, [1 + 2 + 3, 4 + 5 + 6, 7 + 8 + 9, 10]),  # the last one alone
+        ({"max_frames": 2}, [1 + 2 + 3, 3 * 4]),
+        ({"max_frames": 4}, [1 + 2 + 3, 4 + 5 + 6, 7 + 8 + 9, 3 * 10]),
+        ({"policy": "drop-oldest"}, [3 * 1, 3 * 4, 3 * 7, 3 * 10]),
+    ],
+    ids=str,
+)
+def test_with_a_stride_each_frame_stays_until_the_next(reading: dict[str, Any], durations: list[int]) -> None:
+    """Where frames may not be held back until the next one is read, its duration is assumed."""
+    frames = [replace(frame_of(number), duration=number + 1) for number in range(10)]
+    assert [s.frame.duration for s in stream_of(frames, stride=3, **reading)] == durations
+
+
+def test_with_a_stride_everything_before_damage_is_delivered() -> None:
+    done = iter(stream_of(broken([replace(frame_of(n), duration=1) for n in range(8)]), stride=3))
+    frames = [segmented.frame for segmented in itertools.islice(done, 3)]
+    assert [(frame.number, frame.duration) for frame in frames] == [(0, 3), (1, 3), (2, 2)]
+    with pytest.raises(UnreadableVideo):
+        next(done)
 
 
 def test_audio_of_frames_that_a_stride_skips_is_kept() -> None:
