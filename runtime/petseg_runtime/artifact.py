@@ -48,8 +48,9 @@ COMPILED: Final = {"openvino": (".xml", (".bin",)), "trt": (".engine", ()), "trt
 SCHEMA_VERSION: Final = 1
 MAX_SIDECAR: Final = 16 * 2**20
 
-#: Inode, size and time of the last change of each file; None for one that is not there.
-Signature: TypeAlias = tuple[tuple[int, int, int] | None, ...]
+#: Size and time of the last change of each file; None for one that is not there. (Not the inode: some network file
+#: systems number a file anew.)
+Signature: TypeAlias = tuple[tuple[int, int] | None, ...]
 
 _MODELS: Final = Path(__file__).parent / "models"
 
@@ -210,12 +211,12 @@ def signature_of(path: Path, name: str) -> Signature:
     return tuple(map(_signature, _files(path, name)))
 
 
-def _signature(file: Path) -> tuple[int, int, int] | None:
+def _signature(file: Path) -> tuple[int, int] | None:
     try:
         found = file.stat()
     except (OSError, ValueError):  # ValueError: no file has such a name
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 def _read_sidecar(path: Path, sidecar: Path) -> dict[str, Any]:
