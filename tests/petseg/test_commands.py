@@ -835,7 +835,7 @@ def test_what_is_no_model_is_exit_code_4(
 def test_a_device_without_memory_for_the_model_or_the_picture_is_one_line(
     trained: Run, oxford_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> NoReturn:
+    def full(*_: object, **__: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     args = ["evaluate", str(trained.folder / "best.safetensors"), "--data", str(oxford_root), "--output", str(tmp_path)]
