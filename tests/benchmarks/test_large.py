@@ -40,5 +40,5 @@ def test_the_pages_show_each_kind_of_output(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     assert tables.large().splitlines()[-1] == "| mask | 6.0 | 0.01 |"
     text = summary.large_photos()
-    assert "photos of 12 megapixels" in text
+    assert "photos enlarged to 12 megapixels" in text
     assert text.endswith("on 2 cores of CPU: mask: 6.0 photos/s (0.012 MB each).")

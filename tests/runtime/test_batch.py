@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from petseg_runtime.journal import JOURNAL, Journal, OwnFiles
 from petseg_runtime.pipeline import Outcome
 from petseg_runtime.result import Segmentation
 from petseg_runtime.segmenter import MAX_WORKERS, Prepared
-from petseg_runtime.sinks import CocoSink, ImageSink, Sink, Written, picture
+from petseg_runtime.sinks import CocoSink, ImageSink, Sink, StreamSink, Written, picture
 from petseg_runtime.sources import STDIN, Item, find_photos
 from petseg_runtime.spec import ModelSpec
 
@@ -241,7 +242,7 @@ def test_step_times_cover_the_photos_that_reached_a_step_and_are_not_kept(
             )
 
     monkeypatch.setattr(batch.Pipeline, "run", run)
-    sink: Any = object()
+    sink = StreamSink(io.BytesIO(), picture("mask"))
     report = segment_photos([], segmenter, sink, lambda outcome: None)
     assert {step: seconds["sum"] for step, seconds in report.steps.items()} == {"read": 6.0, "infer": 40.0}
     assert report.steps["read"]["p50"] == pytest.approx(2.0, rel=0.02)

@@ -189,7 +189,7 @@ def test_stdin_with_an_output_folder_writes_a_file(
         ([], {"stdin.png"}),
         (["--json"], {"stdin.png"}),
         (["--as", "mask", "--resume"], {"stdin.png", JOURNAL}),
-        (["--as", "coco-rle"], {"annotations.json", JOURNAL}),
+        (["--as", "coco-rle"], {"annotations.json"}),
     ):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
         out = tmp_path / "-".join(["out", *options])
