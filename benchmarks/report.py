@@ -49,6 +49,7 @@ PAGES: Final[Mapping[Path, Mapping[str, Section]]] = {
     },
     records.ROOT / "benchmarks" / "RESULTS.md": {
         "accuracy": Section(tables.accuracy, ("embedded-test-128", "embedded-test-native", "accuracy")),
+        "published-cpu": Section(partial(tables.published_by_us, "training/published-cpu")),
         "width64": Section(partial(tables.published_by_us, "training/width64")),
         "shown": Section(tables.shown, ("shown",)),
         "engines": Section(tables.engines, ("accuracy",)),
