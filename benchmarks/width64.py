@@ -17,7 +17,7 @@ The second command rounds the best checkpoint's kernels to float16, as a GPU's w
 keeps that file as ``petseg/weights/width64.safetensors``, and measures it.
 
 By the recipe ``published`` itself, without a teacher. Its schedule restarts after epoch 10, where it can be divided
-into two runs; the first, at 64 x 64, makes it fit into two and a quarter hours:
+into two runs; with the first at 64 x 64, both took 160 minutes of steps, beside other programs:
 
     petseg train --recipe published --data data/oxford-iiit-pet-128 --output runs/first --size 64 --epochs 10 \\
         --set schedule.restart_epochs=10

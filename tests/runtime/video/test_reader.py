@@ -736,12 +736,15 @@ def test_an_avi_that_ends_with_empty_frames_is_complete(tmp_path: Path) -> None:
     assert read_until_error(tmp_path / "clip.avi") == (30, None, None)
 
 
+def packets_of(path: Path) -> list[bytes]:
+    with av.open(str(path)) as file:
+        return [bytes(packet) for packet in file.demux(video=0) if packet.size]
+
+
 def spoil(path: Path, damaged: Container[int]) -> Path:
     """Overwrite some packets of a file that stores each in one piece."""
     data = bytearray(path.read_bytes())
-    with av.open(str(path)) as file:
-        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
-    for number, packet in enumerate(packets):
+    for number, packet in enumerate(packets_of(path)):
         if number in damaged:
             at = data.index(packet)
             data[at : at + len(packet)] = b"\xff" * len(packet)
@@ -760,9 +763,7 @@ def test_packets_that_cannot_be_decoded_are_damage(tmp_path: Path, suffix: str, 
 def spoil_part(path: Path, damaged: Container[int]) -> Path:
     """Overwrite some bytes in the middle of some packets, which need not be stored in one piece."""
     data = bytearray(path.read_bytes())
-    with av.open(str(path)) as file:
-        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
-    for number, packet in enumerate(packets):
+    for number, packet in enumerate(packets_of(path)):
         if number in damaged:
             pieces = (packet[at : at + 20] for at in range(len(packet) // 2, len(packet), 10))
             at = next(at for at in map(data.find, pieces) if at >= 0)
